@@ -1,0 +1,1 @@
+"""Everything that knows Ray: actors, placement, weight transfer."""

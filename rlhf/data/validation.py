@@ -1,0 +1,86 @@
+"""Typed access to a record's columns; every refusal is a DataError that names file, line and column."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rlhf.data.records import Record
+from rlhf.data.rows import Message
+from rlhf.data.strict_json import type_name
+from rlhf.errors import DataError
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+def column(record: Record, name: str) -> Any:
+    """Return a column's value; it must be there and not null."""
+    if name not in record.values:
+        raise DataError(f"{record.where}: column '{name}' missing")
+    if record.values[name] is None:
+        raise DataError(f"{record.where}: column '{name}' is null")
+    return record.values[name]
+
+
+def text_column(record: Record, name: str) -> str:
+    """Return a column that holds non-blank text."""
+    value = column(record, name)
+    if not isinstance(value, str):
+        raise DataError(f"{record.where}: column '{name}' must be a string, not {type_name(value)}")
+    if not value.strip():
+        raise DataError(f"{record.where}: column '{name}' is empty")
+    return value
+
+
+def number_column(record: Record, name: str) -> float:
+    """Return a column that holds a finite number; text of one is taken too, since CSV knows nothing else."""
+    value = column(record, name)
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not math.isfinite(number):
+        shown = repr(value) if isinstance(value, str | float) else type_name(value)
+        raise DataError(f"{record.where}: column '{name}' must be a finite number, not {shown}")
+    return number
+
+
+def chat_column(record: Record, name: str, text_role: str) -> tuple[Message, ...]:
+    """Return a column that holds messages, or text, which becomes one message of `text_role`."""
+    value = column(record, name)
+    if isinstance(value, str):
+        return ({"role": text_role, "content": text_column(record, name)},)
+    if not isinstance(value, list):
+        raise DataError(
+            f"{record.where}: column '{name}' must be a string or a list of messages, not {type_name(value)}"
+        )
+    return messages_column(record, name)
+
+
+def messages_column(record: Record, name: str) -> tuple[Message, ...]:
+    """Return a column that holds a list of messages, keyed role/content (OpenAI) or from/value (ShareGPT)."""
+    value = column(record, name)
+    if not isinstance(value, list):
+        raise DataError(f"{record.where}: column '{name}' must be a list of messages, not {type_name(value)}")
+    if not value:
+        raise DataError(f"{record.where}: column '{name}' is empty")
+    messages = tuple(_message(item, f"{record.where}: {name}[{index}]") for index, item in enumerate(value))
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise DataError(f"{record.where}: column '{name}': only the first message may be the system's")
+    return messages
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, dict):
+        raise DataError(f"{where} must be a message, not {type_name(item)}")
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    for key in (role_key, content_key):
+        if key not in item:
+            raise DataError(f"{where}: '{key}' missing")
+        if not isinstance(item[key], str):
+            raise DataError(f"{where}: '{key}' must be a string, not {type_name(item[key])}")
+    if item[role_key] not in ROLES:
+        raise DataError(f"{where}: unknown role '{item[role_key]}' (known: {', '.join(ROLES)})")
+    if not item[content_key].strip():
+        raise DataError(f"{where}: '{content_key}' is empty")
+    return {"role": ROLES[item[role_key]], "content": item[content_key]}

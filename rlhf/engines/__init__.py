@@ -1,0 +1,1 @@
+"""Training and generation engines, and the objectives they optimise."""

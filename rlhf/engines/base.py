@@ -1,0 +1,66 @@
+"""The contracts between models, objectives and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.schema import RolloutRole
+from rlhf.types import Metrics, Rows
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """All that is needed to build a model in any process.
+
+    checkpoint is a Hugging Face folder; `kind` causal has a language-model head, scalar a score head.
+    `lora` None trains every weight; `optimizer` None freezes the model.
+    """
+
+    role: str
+    kind: Literal["causal", "scalar"]
+    checkpoint: Path
+    dtype: Literal["bfloat16", "float32"]
+    lora: Lora | None
+    optimizer: Optimizer | None
+    head_learning_rate: float | None
+    max_tokens_per_microbatch: int
+    temperature: float
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """All that is needed to build a rollout engine in any process; `max_length` is prompt + response tokens."""
+
+    checkpoint: Path
+    dtype: Literal["bfloat16", "float32"]
+    role: RolloutRole
+    max_length: int
+    threads: int
+    seed: int
+
+
+class Objective(Protocol):
+    """A loss over a batch, as a sum and a count, so that micro-batches and ranks add up exactly."""
+
+    def count(self, batch: Rows) -> float:
+        """Return the number of items (tokens or pairs) that the loss of this batch sums over."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Rows) -> tuple[Tensor, Metrics]:
+        """Return the differentiable sum of the loss over the batch, and metrics."""
+        ...
+
+
+class TrainEngine(Protocol):
+    """Owns a module's gradients and optimizer."""
+
+    def step(self, batch: Rows, objective: Objective, lr_scale: float) -> Metrics:
+        """Make one optimizer step on the mean loss over `batch` (over all ranks) at `lr_scale` times the base rate."""
+        ...

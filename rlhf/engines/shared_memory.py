@@ -1,0 +1,167 @@
+"""Weights from one process to another through shared memory: in buckets, under a running checksum.
+
+A bucket is a file of raw tensors in the memory file system and an announcement of plain values (`Bucket`) that any
+RPC can carry. The receiver maps the file, compares the checksum over all bytes so far with the announced one, and
+only then uses the tensors. The sender deletes the file as soon as the receiver has answered, or on any failure;
+tensors that the receiver still holds stay valid, because a mapping outlives the file's name.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from rlhf.errors import ResourceError, TrainingError
+
+ALIGNMENT = 64
+BUCKET_BYTES = 128 * 2**20
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Announces one file: the tensors in it, in order, and the checksum of all tensors sent up to its end."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    path: str
+    checksum: str
+
+
+class Checksum:
+    """Running xxh3 over named tensors; names, dtypes, shapes, bytes and order all count."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor."""
+        self._hash.update(_header(name, _dtype_name(tensor.dtype), list(tensor.shape)))
+        self._hash.update(_raw(tensor))
+
+    def hexdigest(self) -> str:
+        """Return 16 hexadecimal digits for everything taken in so far."""
+        return str(self._hash.hexdigest())
+
+
+class Ledger:
+    """What one side of a transfer knows to have passed; both sides must arrive at the same `checksum`.
+
+    Shared-memory announcements carry the checksum of the contents, which the receiver has verified. NCCL and CUDA IPC
+    announce names, dtypes and shapes only, so there the ledger proves that both sides mean the same tensors.
+    """
+
+    def __init__(self) -> None:
+        self.checksum = ""
+        self.bytes = 0
+
+    def add(self, announcement: dict[str, Any]) -> None:
+        """Enter one `update_weights` announcement of any backend."""
+        described = xxhash.xxh3_64(self.checksum.encode())
+        for name, dtype_name, shape in zip(
+            announcement["names"], announcement["dtype_names"], announcement["shapes"], strict=True
+        ):
+            described.update(_header(name, dtype_name, list(shape)))
+            self.bytes += _nbytes(dtype_name, shape)
+        self.checksum = announcement.get("checksum") or described.hexdigest()
+
+
+def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Write the weights into shared memory, bucket by bucket, and announce each to `update_weights`.
+
+    At most one bucket (or one tensor, if that is larger) is in shared memory at a time. Each tensor is copied before
+    the next is asked for, so the iterator may reuse its memory.
+
+    Raises:
+        ResourceError: neither shared memory nor the temporary folder has room for a bucket.
+    """
+    checksum = Checksum()
+    pairs = iter(weights)
+    pair = next(pairs, None)
+    while pair is not None:
+        with tempfile.NamedTemporaryFile(prefix="rlhf-weights-", dir=_folder(max(bucket_bytes, pair[1].nbytes))) as file:
+            names: list[str] = []
+            dtype_names: list[str] = []
+            shapes: list[list[int]] = []
+            while pair is not None and (not names or file.tell() + pair[1].nbytes <= bucket_bytes):
+                name, tensor = pair
+                _append(file, tensor)
+                checksum.add(name, tensor)
+                names.append(name)
+                dtype_names.append(_dtype_name(tensor.dtype))
+                shapes.append(list(tensor.shape))
+                pair = next(pairs, None)
+            file.flush()
+            update_weights(asdict(Bucket(names, dtype_names, shapes, file.name, checksum.hexdigest())))
+
+
+def receive(bucket: Bucket, checksum: Checksum) -> list[tuple[str, Tensor]]:
+    """Map a bucket and return its tensors (no copy), after taking them into `checksum` and comparing.
+
+    Raises:
+        TrainingError: the file is not there, or is not what was announced.
+    """
+    path = Path(bucket.path)
+    if not path.exists():
+        raise TrainingError(
+            f"weights were announced in {path}, which does not exist here: policy and rollout engine must run on "
+            "the same machine to share memory (on several machines, give both roles GPUs)"
+        )
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    weights: list[tuple[str, Tensor]] = []
+    offset = 0
+    for name, dtype_name, shape in zip(bucket.names, bucket.dtype_names, bucket.shapes, strict=True):
+        offset += -offset % ALIGNMENT
+        end = offset + _nbytes(dtype_name, shape)
+        if end > len(data):
+            raise TrainingError(f"weights in {path} end after {len(data)} bytes, before the end of {name} at {end}")
+        tensor = data[offset:end].view(getattr(torch, dtype_name)).view(shape)
+        checksum.add(name, tensor)
+        weights.append((name, tensor))
+        offset = end
+    if checksum.hexdigest() != bucket.checksum:
+        raise TrainingError(
+            f"weights {bucket.names[0]} to {bucket.names[-1]} arrived with checksum {checksum.hexdigest()}, "
+            f"but {bucket.checksum} was sent: they are refused"
+        )
+    return weights
+
+
+def _append(file: IO[bytes], tensor: Tensor) -> None:
+    try:
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
+        file.write(_raw(tensor))
+    except OSError as error:
+        raise ResourceError(f"no room for {tensor.nbytes} bytes of weights in {file.name}: {error.strerror}") from error
+
+
+def _folder(size: int) -> str:
+    """Return the memory file system where it has room (containers often give it 64 MiB), else the temporary folder."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > size else tempfile.gettempdir()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _header(name: str, dtype_name: str, shape: list[int]) -> bytes:
+    return f"{name} {dtype_name} {shape}\n".encode()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _nbytes(dtype_name: str, shape: list[int]) -> int:
+    return torch.Size(shape).numel() * getattr(torch, dtype_name).itemsize

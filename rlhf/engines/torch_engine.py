@@ -1,0 +1,79 @@
+"""Training on one rank with plain torch: exact accumulation, float32 master weights, NaN guard."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.engines.base import Objective
+from rlhf.engines.microbatch import micro_batches
+from rlhf.recipe.base import Optimizer
+from rlhf.types import Metrics, Rows
+
+HEAD = "score."
+
+
+class TorchEngine:
+    """Owns the gradients and the AdamW state of a module's trainable parameters.
+
+    Low-precision parameters keep a float32 master copy; gradients add up in float32 over micro-batches, so how a
+    batch is cut does not change the step beyond float32 rounding. `head_learning_rate` is for a fresh scalar head.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, head_learning_rate: float | None, max_tokens: int
+    ) -> None:
+        self.module = module
+        self.settings = optimizer
+        self.max_tokens = max_tokens
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in named]
+        self.masters = [p.detach().clone().float().requires_grad_() for p in self.parameters]
+        head = [m for (name, _), m in zip(named, self.masters, strict=True) if HEAD in name]
+        body = [m for (name, _), m in zip(named, self.masters, strict=True) if HEAD not in name]
+        rates = [(body, optimizer.learning_rate), (head, head_learning_rate or optimizer.learning_rate)]
+        groups = [{"params": masters, "lr": rate, "base_lr": rate} for masters, rate in rates if masters]
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
+        )
+
+    def step(self, batch: Rows, objective: Objective, lr_scale: float) -> Metrics:
+        """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it and is counted."""
+        metrics = self._accumulate(batch, objective)
+        norm = float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
+        finite = math.isfinite(norm)
+        if finite:
+            self._apply(lr_scale)
+        for master in self.masters:
+            master.grad = None
+        counts = Metrics.of(1, grad_norm=norm if finite else 0.0, skipped_steps=0.0 if finite else 1.0)
+        return metrics.merge(counts)
+
+    def _accumulate(self, batch: Rows, objective: Objective) -> Metrics:
+        total = objective.count(batch)
+        metrics = Metrics()
+        self.module.train()
+        for _, part in micro_batches(batch, self.max_tokens):
+            loss, measured = objective.loss(self.module, part)
+            (loss / total).backward()
+            self._collect()
+            metrics = metrics.merge(measured)
+        return metrics
+
+    def _collect(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is None:
+                continue
+            grad: Tensor = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _apply(self, lr_scale: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        self.optimizer.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.copy_(master)

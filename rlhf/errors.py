@@ -1,0 +1,37 @@
+"""Errors meant for people: one clear message each, with the exit code of the command line."""
+
+
+class RlhfError(Exception):
+    """A failure with a message for the user; `exit_code` is what the process returns."""
+
+    exit_code = 5
+
+
+class RecipeError(RlhfError):
+    """The recipe or the command line is wrong."""
+
+    exit_code = 2
+
+
+class DataError(RlhfError):
+    """A data file is missing, malformed or unusable; messages start with `file:line:`."""
+
+    exit_code = 3
+
+
+class ResourceError(RlhfError):
+    """The machine or cluster cannot hold what the recipe asks for."""
+
+    exit_code = 4
+
+
+class TrainingError(RlhfError):
+    """A stage failed while running (a role died, a reward function raised, a deadline passed)."""
+
+    exit_code = 5
+
+
+class GuardError(RlhfError):
+    """A guard stopped the run: NaN, KL ceiling, disagreement of engine and trainer, empty generations."""
+
+    exit_code = 6

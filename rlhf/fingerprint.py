@@ -1,0 +1,73 @@
+"""Content keys of stages: a stage is done when nothing that could change its result has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import rlhf
+from rlhf.recipe.base import FunctionJudge, StageData
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import Stage
+
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
+
+
+def upstream(stage: Stage) -> set[str]:
+    """Return the names of the stages that this one reads from (`base` included)."""
+    names: set[str] = set()
+    for field in ("init", "policy", "baseline"):
+        names |= {getattr(stage, field)} if hasattr(stage, field) else set()
+    names |= set(getattr(stage, "candidates", ()))
+    for field in ("judge", "reward", "gold", "data"):
+        section = getattr(stage, field, None)
+        names |= {section.stage} if hasattr(section, "stage") else set()
+    return names
+
+
+def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
+    """Return the key of a stage: its settings, files, upstream keys, and what of the recipe bears on the result."""
+    files = sorted(_files(stage))
+    settings = json.dumps(stage.model_dump(mode="json", exclude={"max_tokens_per_microbatch"}), sort_keys=True)
+    for file in files:
+        settings = settings.replace(str(file), file.name)
+    content = {
+        "version": rlhf.__version__,
+        "seed": recipe.seed,
+        "dtype": recipe.model.dtype,
+        "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
+        "engine": recipe.roles.rollout.engine,
+        "stage": settings,
+        "files": [file_digest(path) for path in files],
+        "upstream": {name: keys[name] for name in sorted(upstream(stage))},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Return the sha256 over a model folder's weights, settings and tokenizer."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    return hashlib.sha256("".join(file.name + file_digest(file) for file in files).encode()).hexdigest()
+
+
+def _files(section: BaseModel) -> Iterator[Path]:
+    """Yield the data files and reward functions that a section names."""
+    values: list[Any] = [getattr(section, name) for name in type(section).model_fields]
+    for value in values:
+        if isinstance(value, Path):
+            yield value
+        elif isinstance(value, FunctionJudge):
+            yield Path(value.path.rpartition(":")[0])
+        elif isinstance(value, BaseModel) and not isinstance(value, StageData):
+            yield from _files(value)

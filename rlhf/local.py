@@ -1,0 +1,134 @@
+"""All roles in this process: for a debugger, for tests, and for `rlhf run --local`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from rlhf.engines.base import LearnerSpec, Objective, RolloutSpec
+from rlhf.engines.hf_generate import TransformersEngine
+from rlhf.engines.learner import ModelLearner
+from rlhf.recipe.schema import Recipe
+from rlhf.roles import Policy, Ready, Reference, SharedReference, WeightReceipt
+from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
+
+
+class LocalModel:
+    """A `Policy`, `Reference`, `Reward` or `Critic` whose calls run here and now."""
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.learner = ModelLearner(spec)
+
+    def train(
+        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+    ) -> Ready[Metrics]:
+        """Step once per minibatch."""
+        return Ready(self.learner.train(batch, objective, minibatches, lr_scale))
+
+    def evaluate(self, batch: Rows, objective: Objective) -> Ready[Metrics]:
+        """Return the objective's metrics."""
+        return Ready(self.learner.evaluate(batch, objective))
+
+    def logprobs(self, batch: TokenBatch) -> Ready[TokenScores]:
+        """Score the response tokens."""
+        return Ready(self.learner.logprobs(batch))
+
+    def base_logprobs(self, batch: TokenBatch) -> Ready[TokenScores]:
+        """Score the response tokens with the adapters off."""
+        return Ready(self.learner.logprobs(batch, "base"))
+
+    def scores(self, batch: TokenBatch) -> Ready[Tensor]:
+        """Return sequence rewards."""
+        return Ready(self.learner.scores(batch))
+
+    def values(self, batch: TokenBatch) -> Ready[Tensor]:
+        """Return token values."""
+        return Ready(self.learner.values(batch))
+
+    def standardise(self, mean: float, std: float) -> Ready[None]:
+        """Fold (score - mean) / std into the head."""
+        return Ready(self.learner.standardise(mean, std))
+
+    def save(self, folder: Path) -> Ready[None]:
+        """Write the merged model."""
+        return Ready(self.learner.save(folder))
+
+    def publish(self, engine: LocalRollout, version: int) -> Ready[WeightReceipt]:
+        """Copy the merged weights into the engine."""
+        return Ready(engine.receive(self.learner, version))
+
+
+class LocalRollout:
+    """A `RolloutEngine` in this process."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        self.engine = TransformersEngine(spec)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Ready[list[Rollout]]:
+        """Draw one response per (prompt, seed)."""
+        return Ready(self.engine.generate(prompts, sampling, seeds))
+
+    def load(self, folder: Path, version: int) -> Ready[WeightReceipt]:
+        """Serve the weights of a folder."""
+        start = time.perf_counter()
+        checksum = self.engine.load(folder, version)
+        return Ready(WeightReceipt(version, checksum, 0, time.perf_counter() - start))
+
+    def receive(self, learner: ModelLearner, version: int) -> WeightReceipt:
+        """Serve the learner's merged weights."""
+        start = time.perf_counter()
+        checksum = self.engine.load_weights(learner.weights(), version)
+        size = sum(p.numel() * p.element_size() for p in self.engine.model.parameters())
+        return WeightReceipt(version, checksum, size, time.perf_counter() - start)
+
+
+class LocalLauncher:
+    """Builds roles in this process; generation is by transformers."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.engine: LocalRollout | None = None
+
+    def policy(self, spec: LearnerSpec) -> LocalModel:
+        """Build the policy."""
+        return LocalModel(spec)
+
+    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
+        """Build the reference, or take the policy's base."""
+        return SharedReference(policy) if self.recipe.roles.reference.share else LocalModel(spec)
+
+    def reward(self, spec: LearnerSpec) -> LocalModel:
+        """Build the reward model."""
+        return LocalModel(spec)
+
+    def critic(self, spec: LearnerSpec) -> LocalModel:
+        """Build the critic."""
+        return LocalModel(spec)
+
+    def rollout(self, spec: RolloutSpec) -> LocalRollout:
+        """Build the engine on the first call; later ones load the folder into it."""
+        if self.engine is None:
+            self.engine = LocalRollout(spec)
+        else:
+            self.engine.load(spec.checkpoint, 0)
+        return self.engine
+
+    def release(self) -> None:
+        """Nothing to do: models end with their last reference."""
+
+    def __enter__(self) -> Self:
+        """Start."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop the engine."""
+        self.engine = None

@@ -1,0 +1,45 @@
+"""The folder where converted models are kept between runs, each written once and then only read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def default_cache() -> Path:
+    """Return the cache root: `RLHF_CACHE` where it is set, else `~/.cache/rlhf`."""
+    return Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
+
+
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]) -> Path:
+    """Return `cache/models/<name>-<digest of key>`; when it is not there yet, `build` writes it.
+
+    `build` fills a folder beside it that is renamed when complete, under a lock, so that a run that is killed
+    or that runs at the same time never leaves or sees half a model. The digest covers the version of
+    transformers, whose conversion a cached folder is.
+    """
+    digest = hashlib.sha256(f"{key}\n{version('transformers')}".encode()).hexdigest()[:12]
+    target = cache / "models" / f"{name}-{digest}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not target.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            partial.rename(target)
+    return target

@@ -1,0 +1,118 @@
+"""From what the recipe names to a model in memory. Light to import: libraries load when a model does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import RecipeError
+from rlhf.models.cache import build_once, default_cache, file_digest
+from rlhf.recipe.schema import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+HUB_NOT_NEEDED = ["*/*", "consolidated*"]
+
+
+def resolve_model(source: ModelSource, cache: Path | None = None) -> Path:
+    """Return the Hugging Face folder of a model source, made or downloaded when it is not there yet.
+
+    `path` is a folder, a hub id, `gguf://package/file.gguf`, `gguf:///absolute/path.gguf` or `tiny://llama`;
+    the folder's tokenizer has `source.chat_template` where that is set. Converted models are kept below
+    `cache`, by default `RLHF_CACHE` or `~/.cache/rlhf`. Raises RecipeError when there is no such model.
+    """
+    if source.trust_remote_code:
+        raise RecipeError(
+            "model.trust_remote_code: models that bring their own code are not supported; set it to false"
+        )
+    cache = cache or default_cache()
+    folder = _find(source, cache)
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"model.path: {source.path}: {folder} is not a Hugging Face folder (no config.json)")
+    if not any(folder.glob("*.safetensors")):
+        raise RecipeError(f"model.path: {source.path}: {folder} has no safetensors weights; convert them first")
+    return folder if source.chat_template is None else _with_template(folder, source.chat_template, cache)
+
+
+def _find(source: ModelSource, cache: Path) -> Path:
+    path = source.path
+    if path.startswith("gguf://"):
+        from rlhf.models.gguf import import_gguf, locate_gguf
+
+        file = locate_gguf(path)
+        return build_once(cache, file.stem, file_digest(file), lambda folder: import_gguf(file, folder))
+    if path == "tiny://llama":
+        from rlhf.models import tiny
+
+        return build_once(cache, "tiny-llama", file_digest(Path(tiny.__file__)), tiny.build_tiny)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+        raise RecipeError(f"model.path: there is no folder {path}")
+    return _download(path, source.revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_NOT_NEEDED)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"model.path: {repo} is no folder here and cannot be had from the Hugging Face hub "
+            f"(revision {revision or 'main'}): {reason} "
+            "Check the name, the network, HF_HUB_OFFLINE and, for gated models, HF_TOKEN."
+        ) from error
+    return Path(folder)
+
+
+def _with_template(folder: Path, template: Path, cache: Path) -> Path:
+    """Return a cached folder of links to all files of `folder`, with its own `chat_template.jinja`."""
+    if not template.is_file():
+        raise RecipeError(f"model.chat_template: there is no file {template}")
+    text = template.read_text(encoding="utf-8")
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "chat_template.jinja")
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+    def link(target: Path) -> None:
+        for file in files:
+            (target / file.name).symlink_to(file.resolve())
+        (target / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+    return build_once(cache, f"{folder.name}-{template.stem}", f"{folder}\n{stamps}\n{text}", link)
+
+
+def load_causal(folder: Path, dtype: str) -> PreTrainedModel:
+    """Load a causal language model from safetensors in `dtype`, in evaluation mode.
+
+    Raises RecipeError when the folder lacks any of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, missing = load_weights(AutoModelForCausalLM, folder, dtype)
+    if missing:
+        raise RecipeError(f"{folder} lacks weights of its model: {', '.join(sorted(missing)[:5])}")
+    return model
+
+
+def load_weights(auto_class: Any, folder: Path, dtype: str, **config: Any) -> tuple[PreTrainedModel, set[str]]:
+    """Load with a transformers auto class; return the model and the names of weights the folder did not have."""
+    import torch
+
+    model, report = auto_class.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **config,
+    )
+    return model, set(report["missing_keys"])

@@ -1,0 +1,74 @@
+"""A language model with one number per position: reward model and critic."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf.errors import RecipeError, TrainingError
+from rlhf.models.loading import load_weights
+from rlhf.models.lora import unwrapped
+from rlhf.models.tokenizer import load_tokenizer
+
+
+class ScalarHead(nn.Linear):
+    """A linear head whose product is float32 whatever its dtype: bfloat16 keeps three digits, scores need more."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states `[..., H]` to float32 `[..., 1]`."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return functional.linear(hidden.float(), self.weight.float())
+
+
+def load_scalar(folder: Path, dtype: str, seed: int) -> PreTrainedModel:
+    """Load a folder as a sequence classifier with one label, in evaluation mode.
+
+    A saved reward model keeps its head. On a language model a fresh `score` head is drawn from
+    N(0, 1/H) by `seed` (Stiennon et al. 2020, appendix B: standard deviation 1 / sqrt(H + 1)). The config has
+    `rlhf_score_offset`, subtracted from the head's output, and the pad token that plain transformers needs to
+    find the last real token. Raises RecipeError when the architecture has no linear `score` head.
+    """
+    model, missing = load_weights(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
+        raise RecipeError(f"{folder}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
+    if missing - {"score.weight"}:
+        raise RecipeError(f"{folder} lacks weights of its model: {', '.join(sorted(missing)[:5])}")
+    old = model.score.weight
+    model.score = ScalarHead(old.shape[1], 1, bias=False, device="meta")
+    if missing:
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(seed)) / math.sqrt(old.shape[1])
+        old.data.copy_(noise)
+    model.score.weight = old
+    model.config.rlhf_score_offset = float(getattr(model.config, "rlhf_score_offset", 0.0))
+    model.config.pad_token_id = load_tokenizer(folder).pad_id
+    return model
+
+
+def token_values(model: PreTrainedModel | PeftModel, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the scalar at every position, float32 `[B, T]`: position t has read `tokens[:, :t + 1]`.
+
+    tokens and attention_mask are `[B, T]`, right-padded; what stands on padding means nothing.
+    """
+    plain = unwrapped(model)
+    hidden = plain.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return plain.score(hidden).squeeze(-1) - plain.config.rlhf_score_offset
+
+
+@torch.no_grad()
+def fold_standardisation(model: PreTrainedModel | PeftModel, mean: float, std: float) -> None:
+    """Change the head so that `token_values` becomes (before - mean) / std, and stays so when saved and reloaded.
+
+    The deviation goes into the weights (rounded to their dtype) and the mean into `rlhf_score_offset`, so plain
+    transformers differs by that constant only, which no comparison sees. Raises TrainingError without spread.
+    """
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise TrainingError(f"the reward model's scores cannot be standardised: mean {mean}, standard deviation {std}")
+    plain = unwrapped(model)
+    plain.score.weight.div_(std)
+    plain.config.rlhf_score_offset = (plain.config.rlhf_score_offset + mean) / std

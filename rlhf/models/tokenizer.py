@@ -1,0 +1,178 @@
+"""The one place that knows chat templates, end-of-sequence, padding and masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.errors import DataError, RecipeError
+
+Message = Mapping[str, str]
+
+PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A tokenizer with its chat template.
+
+    hf       the transformers tokenizer
+    pad_id   fills rows up; masks never rely on it
+    eos_ids  tokens that end a response; the first one is what the template closes an assistant turn with
+    """
+
+    hf: PreTrainedTokenizerBase
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids that a response to `messages` follows: the template with its generation prompt.
+
+        A beginning-of-sequence token is there when the template writes one, and never twice. Raises DataError
+        when the template refuses the messages.
+        """
+        return self._encode(self._render(messages, generation_prompt=True))
+
+    def completion_ids(self, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
+        """Return the prompt's ids and those of a finished response to it, end-of-sequence token included."""
+        pieces = [self._render(messages, generation_prompt=True), response]
+        prompt, completion = self._encode_pieces(pieces)
+        return prompt, [*completion, self.eos_ids[0]]
+
+    def conversation_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Return a conversation's ids and a mask that is True on what the assistant says.
+
+        The end-of-sequence token that closes a turn is its last True; a newline that the template puts after it
+        is False. What precedes an assistant's turn has the ids of `prompt_ids`. Raises DataError when the
+        template shows earlier turns differently later on, so that no one sequence serves all turns.
+        """
+        texts, spoken = zip(*self._turns(messages), strict=True)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece, assistant in zip(self._encode_pieces(texts), spoken, strict=True):
+            ids += piece
+            mask += [assistant] * len(piece)
+        return ids, mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without special tokens."""
+        return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        """Return a hash of vocabulary and template; equal ones encode conversations alike."""
+        content = json.dumps([sorted(self.hf.get_vocab().items()), self.hf.get_chat_template(), self.eos_ids])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        if not messages:
+            raise DataError("a conversation is empty, or starts with the assistant and has nothing to answer")
+        try:
+            return self.hf.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+
+    def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+        """Cut the rendered conversation into pieces, each with whether the assistant said it."""
+        done = ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], generation_prompt=True)
+            turn = _rest(before, self._render(messages[: index + 1]))
+            end = self._turn_end(turn)
+            yield _rest(done, before), False
+            yield turn[:end], True
+            done = before + turn[:end]
+        yield _rest(done, self._render(messages)), False
+
+    def _turn_end(self, turn: str) -> int:
+        """Return where the last end-of-sequence token of an assistant's rendered turn ends, in characters."""
+        ends = self.hf.convert_ids_to_tokens(list(self.eos_ids))
+        end = max(turn.rfind(token) + len(token) if token in turn else 0 for token in ends)
+        if not end:
+            raise DataError(f"the chat template closes the assistant's turn {turn!r} with none of {', '.join(ends)}")
+        return end
+
+    def _encode(self, text: str) -> list[int]:
+        return self.hf(text, add_special_tokens=False)["input_ids"]
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Encode pieces of one text as a model meets them: the ids of a piece never depend on a later piece.
+
+        They are those of the whole text, unless a token would cross from one piece to the next.
+        """
+        encoded: list[list[int]] = []
+        text, ids = "", []
+        for piece in pieces:
+            text += piece
+            whole = self._encode(text)
+            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(piece))
+            ids = ids + encoded[-1]
+        return encoded
+
+
+def load_tokenizer(folder: Path) -> ChatTokenizer:
+    """Load a folder's tokenizer and settle which tokens pad and end, and that the template uses them.
+
+    Raises RecipeError when there is no chat template, no end-of-sequence token, or when the template does not
+    close an assistant's turn with one: a model trained so would never stop.
+    """
+    hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not hf.chat_template:
+        raise RecipeError(f"{folder}: the tokenizer has no chat template; set model.chat_template to a Jinja file")
+    eos_ids = _end_ids(hf, folder)
+    if not eos_ids:
+        raise RecipeError(
+            f"{folder}: the tokenizer names no end-of-sequence token (eos_token in tokenizer_config.json)"
+        )
+    closing = _closing_id(ChatTokenizer(hf, pad_id=eos_ids[0], eos_ids=eos_ids))
+    eos_ids = (closing, *(token for token in eos_ids if token != closing))
+    pad_id = _pad_id(hf, eos_ids)
+    hf.pad_token = hf.convert_ids_to_tokens(pad_id)
+    return ChatTokenizer(hf, pad_id, eos_ids)
+
+
+def _rest(start: str, text: str) -> str:
+    if not text.startswith(start):
+        raise DataError(
+            "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
+            f"sequence: {start[-60:]!r} is not kept; use single-turn data, or set model.chat_template"
+        )
+    return text[len(start) :]
+
+
+def _end_ids(hf: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
+    """Return the tokenizer's end-of-sequence token and those of the generation config, each once."""
+    found = [hf.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        found += listed if isinstance(listed, list) else [listed]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def _closing_id(tokenizer: ChatTokenizer) -> int:
+    """Return the token that ends an assistant's turn in a trial conversation."""
+    trial = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
+    try:
+        ids, mask = tokenizer.conversation_ids(trial)
+    except DataError as error:
+        raise RecipeError(f"{error}; set model.chat_template to a template that fits the tokenizer") from error
+    return [token for token, spoken in zip(ids, mask, strict=True) if spoken][-1]
+
+
+def _pad_id(hf: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> int:
+    """Return the tokenizer's own pad token unless it also ends sequences; else a token no text uses; else the end."""
+    if hf.pad_token_id is not None and hf.pad_token_id not in eos_ids:
+        return hf.pad_token_id
+    vocabulary = hf.get_vocab()
+    free = (vocabulary[name] for name in PAD_CANDIDATES if name in vocabulary and vocabulary[name] not in eos_ids)
+    return next(free, eos_ids[0])

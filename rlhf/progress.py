@@ -1,0 +1,78 @@
+"""What the user sees while a run goes on: one live display on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SHOWN = ("loss", "accuracy", "reward", "kl", "entropy", "length", "tokens_per_second")
+PLAIN_INTERVAL_S = 10.0
+
+
+def brief(metrics: Mapping[str, float]) -> str:
+    """Return the few metrics that people watch, in one short line."""
+    return "  ".join(f"{name.replace('tokens_per_second', 'tok/s')} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+
+
+class Display:
+    """Shows stages and steps; `live` is a rich progress bar, otherwise a plain line at most every 10 seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+        self.label, self.total, self.started, self.printed = "", 0, 0.0, 0.0
+
+    def say(self, message: str) -> None:
+        """Print one line that stays."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def stage(self, label: str, total: int) -> None:
+        """Begin a stage, or a part of one, of `total` steps."""
+        self.label, self.total, self.started = label, total, time.monotonic()
+        self.printed = self.started
+        if self.bar is None:
+            return self.say(f"{label}: {total} steps")
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(label, total=total, detail="")
+        return None
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Report that `done` steps are finished."""
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=done, detail=brief(metrics))
+        elif now - self.printed >= PLAIN_INTERVAL_S or done == self.total:
+            eta = (now - self.started) / done * (self.total - done)
+            self.printed = now
+            self.say(f"{self.label}: step {done}/{self.total}  {brief(metrics)}  eta {eta:.0f}s")
+
+    def __enter__(self) -> Self:
+        """Start the live display, if there is one."""
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the live display."""
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,94 @@
+"""Building blocks shared by all recipe sections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Base of every recipe section: unknown keys are errors and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class PathData(Strict):
+    """A local file: jsonl, json, csv or parquet."""
+
+    path: Path
+    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference"] = "auto"
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's")
+    limit: PositiveInt | None = Field(None, description="use only the first rows")
+    max_bad_rows: int = Field(0, ge=0, description="skip and count up to this many malformed rows")
+
+
+class HubData(Strict):
+    """A dataset on the Hugging Face hub."""
+
+    hub: str
+    split: str = "train"
+    revision: str | None = None
+    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference"] = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    limit: PositiveInt | None = None
+    max_bad_rows: int = Field(0, ge=0)
+
+
+class StageData(Strict):
+    """The pairs that an earlier annotate stage wrote."""
+
+    stage: str
+
+
+def _which_data(value: Any) -> str:
+    keys = value if isinstance(value, dict) else value.model_fields_set
+    return next((key for key in ("stage", "hub", "path") if key in keys), "path")
+
+
+DataSource = Annotated[
+    Annotated[PathData, Tag("path")] | Annotated[HubData, Tag("hub")] | Annotated[StageData, Tag("stage")],
+    Discriminator(_which_data),
+]
+FileData = Annotated[Annotated[PathData, Tag("path")] | Annotated[HubData, Tag("hub")], Discriminator(_which_data)]
+
+
+class FunctionJudge(Strict):
+    """A Python function `score(prompt, response, metadata) -> float`, as `file.py:name`."""
+
+    kind: Literal["function"]
+    path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$", description="file.py:function, relative to the recipe")
+
+
+class ModelJudge(Strict):
+    """The reward model that an earlier reward stage trained."""
+
+    kind: Literal["model"]
+    stage: str
+
+
+Judge = Annotated[FunctionJudge | ModelJudge, Field(discriminator="kind")]
+
+
+class Lora(Strict):
+    """Low-rank adapters; the base weights stay frozen (Hu et al. 2021)."""
+
+    r: PositiveInt = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Optimizer(Strict):
+    """AdamW and its learning-rate schedule, for one model."""
+
+    learning_rate: Positive = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: Positive = 1.0

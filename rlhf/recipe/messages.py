@@ -1,0 +1,186 @@
+"""What is wrong in a recipe, in plain words and at its place in the file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, Tag
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.source import Node
+from rlhf.recipe.stage_schema import NAME
+
+Loc = tuple[str | int, ...]
+MAX_LINES = 6
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a recipe; `about` says whether it is the value at `loc`, its key or its absence."""
+
+    loc: Loc
+    text: str
+    about: Literal["value", "key", "absence"] = "value"
+
+
+def render(problems: Iterable[Problem], root: Node) -> str:
+    """Return one line per problem in the order of the file, at most six."""
+    found = []
+    for problem in problems:
+        node, exists = root.nearest(problem.loc)
+        mark = node.mark if exists and problem.about == "value" else node.key
+        found.append((str(mark.file), mark.line, mark.column, mark.at(dotted(problem.loc, root)) + problem.text))
+    lines = [re.sub(r"[\x00-\x1f\x7f]+", " ", line) for *_, line in sorted(found)]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"and {len(lines) - MAX_LINES + 1} more"]
+    return "\n".join(lines)
+
+
+def dotted(loc: Loc, root: Node) -> str:
+    """Return `stages.ppo.clip_range` for ("stages", 3, "clip_range"): stages go by name, other items by number."""
+    text = ""
+    node: Node | None = root
+    for depth, step in enumerate(loc):
+        node = node.child(step) if node else None
+        name = node.child("name") if node and depth == 1 and loc[0] == "stages" else None
+        if name and isinstance(name.value, str):
+            text += f".{name.value}"
+        elif isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            text += f".{step}" if text else step
+    return text
+
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """Return ` (did you mean ...?)` with the closest choice, or nothing."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def explain(errors: Sequence[ErrorDetails]) -> list[Problem]:
+    """Translate pydantic's errors, without the noise of unions: their tags, and the members that were not meant."""
+    placed = [(_place(error["loc"]), error) for error in errors]
+    inner = {place.loc[:end] for place, _ in placed for end in range(len(place.loc))}
+    groups: dict[Loc, list[tuple[_Place, ErrorDetails]]] = {}
+    for place, error in placed:
+        if not (place.in_union and place.loc in inner):
+            groups.setdefault(place.loc, []).append((place, error))
+    return [_problem(group) for group in groups.values()]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A pydantic location without union tags; `owner` and `field` declare its last step."""
+
+    loc: Loc
+    owner: Any
+    field: FieldInfo | None
+    in_union: bool
+
+
+def _place(loc: Loc) -> _Place:
+    clean: list[str | int] = []
+    options: list[Any] = [Recipe]
+    owner: Any = None
+    field: FieldInfo | None = None
+    tagged = False
+    for step in loc:
+        tagged = len(options) > 1
+        if tagged:
+            options = [next((option for option in options if step in _labels(option)), object)]
+        else:
+            owner = _bare(options[0])
+            field, options = _descend(owner, step)
+            clean.append(step)
+    return _Place(tuple(clean), owner, field, tagged)
+
+
+def _descend(kind: Any, step: str | int) -> tuple[FieldInfo | None, list[Any]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(str(step))
+        return field, _members(field.annotation) if field else [object]
+    inner = get_args(kind)
+    return None, _members(inner[-1]) if inner else [object]
+
+
+def _bare(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _members(annotation: Any) -> list[Any]:
+    bare = _bare(annotation)
+    if get_origin(bare) in (Union, types.UnionType):
+        return [member for part in get_args(bare) if part is not type(None) for member in _members(part)]
+    return [annotation]
+
+
+def _labels(option: Any) -> set[str]:
+    """Return the names by which pydantic may call a member of a union in a location."""
+    bare = _bare(option)
+    labels = {item.tag for item in get_args(option)[1:] if isinstance(item, Tag)}
+    if isinstance(bare, type) and issubclass(bare, BaseModel):
+        kind = bare.model_fields.get("kind")
+        return labels | {bare.__name__} | (set(get_args(kind.annotation)) if kind else set())
+    return labels | {str(bare)}
+
+
+def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
+    place, error = group[0]
+    loc, context = place.loc, error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            known = place.owner.model_fields if isinstance(place.owner, type) else ()
+            return Problem(loc, "unknown key" + near(str(loc[-1]), known), "key")
+        case "missing":
+            return Problem(loc, "required but missing", "absence")
+        case "union_tag_not_found":
+            return Problem((*loc, "kind"), "required but missing", "absence")
+        case "union_tag_invalid" if context["discriminator"] == "'kind'":
+            choices = context["expected_tags"]
+            hint = near(context["tag"], re.findall(r"'(.*?)'", choices))
+            return Problem((*loc, "kind"), f"must be one of {choices}, got {context['tag']!r}{hint}")
+        case "union_tag_invalid":
+            return Problem((*loc, context["tag"]), f"not possible here, use one of {context['expected_tags']}", "key")
+    wanted = " or ".join(_expected(error, place.field) for place, error in group)
+    hint = near(error["input"], re.findall(r"'(.*?)'", wanted)) if isinstance(error["input"], str) else ""
+    return Problem(loc, f"must be {wanted}, got {_shown(error['input'])}{hint}")
+
+
+def _expected(error: ErrorDetails, field: FieldInfo | None) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "string_pattern_mismatch" if context["pattern"] == NAME:
+            return "lower-case letters, digits, - and _, starting with a letter"
+        case "string_pattern_mismatch":
+            return field.description if field and field.description else f"text that matches {context['pattern']}"
+        case "too_short":
+            return f"a list of {context['min_length']} or more"
+        case "too_long":
+            return f"a list of at most {context['max_length']}"
+    return EXPECTED.get(error["type"], error["msg"].removeprefix("Input should be "))
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

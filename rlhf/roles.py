@@ -1,0 +1,186 @@
+"""What the controller may ask of each role. No Ray here: `rlhf.local` and `actors.launch` both build these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf.engines.base import LearnerSpec, Objective, RolloutSpec
+    from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """A result on its way."""
+
+    def result(self) -> T_co:
+        """Wait for it (bounded by the recipe's deadline) and return it, or raise what went wrong."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ready(Generic[T_co]):
+    """A `Pending` that is there already."""
+
+    value: T_co
+
+    def result(self) -> T_co:
+        """Return the value."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class WeightReceipt:
+    """An engine's acknowledgement of new weights: what it serves from now on, and what the transfer cost."""
+
+    version: int
+    checksum: str
+    bytes: int
+    seconds: float
+
+
+class Learner(Protocol):
+    """A model that may be trained. `train` makes one optimizer step per minibatch of row indices."""
+
+    def train(
+        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+    ) -> Pending[Metrics]:
+        """Step once per minibatch at `lr_scale` times the base learning rates."""
+        ...
+
+    def evaluate(self, batch: Rows, objective: Objective) -> Pending[Metrics]:
+        """Return the objective's metrics with no gradient."""
+        ...
+
+    def save(self, folder: Path) -> Pending[None]:
+        """Write a Hugging Face folder with adapters merged, and the tokenizer."""
+        ...
+
+
+class Reference(Protocol):
+    """A frozen language model."""
+
+    def logprobs(self, batch: TokenBatch) -> Pending[TokenScores]:
+        """Score the response tokens, `[B, T]`."""
+        ...
+
+
+class Policy(Learner, Reference, Protocol):
+    """The language model being aligned."""
+
+    def base_logprobs(self, batch: TokenBatch) -> Pending[TokenScores]:
+        """Score the response tokens with the adapters off, `[B, T]`."""
+        ...
+
+    def publish(self, engine: RolloutEngine, version: int) -> Pending[WeightReceipt]:
+        """Send the merged weights to the engine and return its acknowledgement."""
+        ...
+
+
+@dataclass(frozen=True)
+class SharedReference:
+    """The reference as the policy's own base with the adapters off: no second copy of the weights."""
+
+    policy: Policy
+
+    def logprobs(self, batch: TokenBatch) -> Pending[TokenScores]:
+        """Score the response tokens, `[B, T]`."""
+        return self.policy.base_logprobs(batch)
+
+
+class Scalar(Protocol):
+    """A model with a scalar head, used as reward model or critic."""
+
+    def scores(self, batch: TokenBatch) -> Pending[Tensor]:
+        """Return the reward of each whole sequence, `[B]`: the head at its last real token."""
+        ...
+
+    def values(self, batch: TokenBatch) -> Pending[Tensor]:
+        """Return the value before each response token, `[B, T]`."""
+        ...
+
+
+class Reward(Scalar, Learner, Protocol):
+    """The reward model."""
+
+    def standardise(self, mean: float, std: float) -> Pending[None]:
+        """Fold (score - mean) / std into the head."""
+        ...
+
+
+class Critic(Scalar, Learner, Protocol):
+    """The value model of PPO."""
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the policy's weights."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Pending[list[Rollout]]:
+        """Draw `len(seeds[i])` responses to prompt i, one per seed, in the order of prompts and seeds."""
+        ...
+
+    def load(self, folder: Path, version: int) -> Pending[WeightReceipt]:
+        """Serve the weights of a Hugging Face folder of the same architecture."""
+        ...
+
+
+class Launcher(Protocol):
+    """Builds roles, each ready to be called, and takes them down again."""
+
+    def policy(self, spec: LearnerSpec) -> Policy:
+        """Start the policy."""
+        ...
+
+    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
+        """Start the reference, or take the policy's own base where the recipe shares it."""
+        ...
+
+    def reward(self, spec: LearnerSpec) -> Reward:
+        """Start the reward model."""
+        ...
+
+    def critic(self, spec: LearnerSpec) -> Critic:
+        """Start the critic."""
+        ...
+
+    def rollout(self, spec: RolloutSpec) -> RolloutEngine:
+        """Start the rollout engine, or reuse a live one of the same shape."""
+        ...
+
+    def release(self) -> None:
+        """Free the models of the stage that just finished; processes and the rollout engine stay for the next."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The five roles of PPO."""
+
+    policy: Policy
+    reference: Reference
+    reward: RewardSource
+    critic: Critic
+    rollout: RolloutEngine
+
+
+class RewardSource(Protocol):
+    """Anything that scores finished rollouts: a reward model, a Python function."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> Pending[Tensor]:
+        """Return one finite score per rollout, `[B]`."""
+        ...

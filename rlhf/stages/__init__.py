@@ -1,0 +1,1 @@
+"""The pipeline, one readable loop per stage."""

@@ -1,0 +1,86 @@
+"""Preference data: sample from a policy, let a judge rank the samples, add the stated label noise."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from itertools import combinations
+
+from rlhf.data.pairs import Pair, write_pairs
+from rlhf.data.reading import read_prompts
+from rlhf.data.tokenize import tokenize_prompts
+from rlhf.errors import TrainingError
+from rlhf.recipe.stage_schema import AnnotateStage
+from rlhf.stages.context import StageContext
+from rlhf.stages.sft import Summary
+from rlhf.types import Rollout, Sampling
+
+PROMPTS_PER_CALL = 128
+
+
+def run(stage: AnnotateStage, context: StageContext) -> Summary:
+    """Write `pairs.jsonl`; whole prompts, not pairs, are held out."""
+    tokenizer = context.tokenizer(stage.policy)
+    prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
+    engine = context.launcher.rollout(context.rollout(stage.policy))
+    judge = context.judge(stage.judge, tokenizer.pad_id)
+    sampling = Sampling(stage.max_response_tokens, stage.temperature)
+    starts = range(0, len(prompts), PROMPTS_PER_CALL)
+    context.tracker.begin("sampling", len(starts))
+    pairs: list[Pair] = []
+    for index, start in enumerate(starts):
+        clock = time.perf_counter()
+        part = prompts[start : start + PROMPTS_PER_CALL]
+        seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in part]
+        rollouts = engine.generate(part, sampling, seeds).result()
+        scores = judge.score(rollouts).result().tolist()
+        for row in range(0, len(rollouts), stage.samples_per_prompt):
+            group = slice(row, row + stage.samples_per_prompt)
+            pairs += _pairs(rollouts[group], scores[group], stage, context)
+        speed = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - clock)
+        context.tracker.log(
+            index + 1, {"reward": sum(scores) / len(scores), "pairs": len(pairs), "tokens_per_second": speed}
+        )
+    if not any(not pair.heldout for pair in pairs):
+        raise TrainingError(
+            f"annotate found no pair to train on in {len(prompts)} prompts: the judge scored all samples of a prompt"
+            " alike; raise samples_per_prompt or temperature, or look at the judge"
+        )
+    write_pairs(context.folder / "pairs.jsonl", pairs)
+    flipped = sum(pair.flipped for pair in pairs) / len(pairs)
+    return {"pairs": len(pairs), "heldout": sum(pair.heldout for pair in pairs), "flipped": flipped}
+
+
+def _pairs(
+    rollouts: Sequence[Rollout], scores: Sequence[float], stage: AnnotateStage, context: StageContext
+) -> list[Pair]:
+    """Pair the samples of one prompt; equal scores and equal texts say nothing and are left out."""
+    order = sorted(range(len(rollouts)), key=lambda i: -scores[i])
+    chosen = [(order[0], order[-1])] if stage.pairing == "best_worst" else list(combinations(order, 2))
+    prompt = rollouts[0].prompt
+    rng = random.Random(context.seed("label", prompt.id))
+    heldout = rng.random() < stage.heldout_fraction
+    pairs = []
+    for better, worse in chosen:
+        if scores[better] == scores[worse] or rollouts[better].tokens == rollouts[worse].tokens:
+            continue
+        flipped = rng.random() < stage.label_noise
+        first, second = (worse, better) if flipped else (better, worse)
+        pairs.append(
+            Pair(
+                prompt_id=prompt.id,
+                prompt=prompt.text,
+                prompt_tokens=prompt.tokens,
+                metadata=dict(prompt.metadata),
+                chosen=rollouts[first].text,
+                chosen_tokens=rollouts[first].tokens,
+                rejected=rollouts[second].text,
+                rejected_tokens=rollouts[second].tokens,
+                chosen_score=scores[first],
+                rejected_score=scores[second],
+                flipped=flipped,
+                heldout=heldout,
+            )
+        )
+    return pairs

@@ -1,0 +1,138 @@
+"""The honest comparison: same prompts, same decoding, same seeds, one estimator for all candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.logprobs import sequence_logprobs
+from rlhf.algorithms.masked import masked_mean
+from rlhf.data.collate import collate_rollouts
+from rlhf.data.reading import read_conversations, read_prompts
+from rlhf.data.tokenize import tokenize_prompts
+from rlhf.errors import DataError, GuardError
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import Agreement, AnnotateStage, CompareStage, PpoStage, SftStage
+from rlhf.report.curves import read_curves
+from rlhf.report.html import write_html
+from rlhf.report.json import write_json
+from rlhf.report.results import CandidateSamples, Comparison, Sample
+from rlhf.report.statistics import compare
+from rlhf.stages.context import StageContext
+from rlhf.stages.samples import write_samples
+from rlhf.stages.sft import Summary
+from rlhf.types import Prompt, Rollout, Sampling, TokenBatch
+
+
+def run(stage: CompareStage, context: StageContext) -> Summary:
+    """Sample every candidate, score all samples alike, and write the report.
+
+    The KL of a sample is sum_t log pi(token) - log ref(token), both by the trainer's model, the reference being the
+    baseline; its mean over samples estimates the sequence-level KL(pi || ref) without bias at the stage's temperature.
+    """
+    tokenizer = context.tokenizer(stage.baseline)
+    prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
+    check_disjoint(prompts, context.recipe)
+    context.tracker.begin("sampling", len(stage.candidates))
+    drawn: dict[str, tuple[list[Rollout], Tensor]] = {}
+    for index, name in enumerate(stage.candidates):
+        drawn[name] = _draw(name, prompts, stage, context, tokenizer.pad_id)
+        context.tracker.log(index + 1, {"length": _mean_length(drawn[name][0])})
+    kl = _sequence_kl(drawn, stage, context, tokenizer.pad_id)
+    gold, proxy = context.judge(stage.gold, tokenizer.pad_id), context.judge(stage.reward, tokenizer.pad_id)
+    candidates = []
+    for name, (rollouts, _) in drawn.items():
+        golds, rewards = gold.score(rollouts), proxy.score(rollouts)
+        scored = golds.result().tolist(), rewards.result().tolist(), kl[name].tolist()
+        write_samples(context.folder / "samples" / name, 0, rollouts, scored[0])
+        candidates.append(_candidate(name, context.recipe, rollouts, *scored))
+    comparison = compare(candidates, stage.baseline, context.seed("bootstrap"), stage.bootstrap_samples)
+    _report(comparison, candidates, stage, context)
+    return {result.name: result.gold for result in comparison.candidates}
+
+
+def check_disjoint(prompts: Sequence[Prompt], recipe: Recipe) -> None:
+    """Refuse to judge on prompts that any stage has trained or annotated on."""
+    held_out = {prompt.text for prompt in prompts}
+    for stage in recipe.stages:
+        if isinstance(stage, AnnotateStage | PpoStage):
+            seen = {row.text for row in read_prompts(stage.prompts)}
+        elif isinstance(stage, SftStage):
+            seen = {message["content"] for row in read_conversations(stage.data) for message in row.messages[:1]}
+        else:
+            continue
+        if shared := held_out & seen:
+            raise DataError(
+                f"{len(shared)} of {len(held_out)} comparison prompts are also in stages.{stage.name},"
+                f" for example {min(shared)!r}; hold them out"
+            )
+
+
+def _draw(
+    name: str, prompts: Sequence[Prompt], stage: CompareStage, context: StageContext, pad_id: int
+) -> tuple[list[Rollout], Tensor]:
+    """Return a candidate's rollouts and their sequence logprobs `[B]` under the candidate itself."""
+    engine = context.launcher.rollout(context.rollout(name))
+    policy = context.launcher.policy(context.frozen("policy", "causal", name, stage.temperature))
+    seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in prompts]
+    rollouts = engine.generate(prompts, Sampling(stage.max_response_tokens, stage.temperature), seeds).result()
+    batch = collate_rollouts(rollouts, pad_id)
+    logprobs = policy.logprobs(batch).result().logprobs
+    _check_served(name, logprobs, batch)
+    return rollouts, sequence_logprobs(logprobs, batch.response_mask)
+
+
+def _check_served(name: str, logprobs: Tensor, batch: TokenBatch) -> None:
+    gap = float(masked_mean((logprobs - batch.rollout_logprobs).abs(), batch.response_mask))
+    if not gap <= Agreement().tolerance:
+        raise GuardError(f"the engine's logprobs differ from those of {name} by {gap:.3f} nats in the mean")
+
+
+def _sequence_kl(
+    drawn: Mapping[str, tuple[list[Rollout], Tensor]], stage: CompareStage, context: StageContext, pad_id: int
+) -> dict[str, Tensor]:
+    """Return log pi - log ref of every sample, `[B]` per candidate; exactly 0 for the baseline."""
+    reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
+    result = {}
+    for name, (rollouts, own) in drawn.items():
+        batch = collate_rollouts(rollouts, pad_id)
+        result[name] = own - sequence_logprobs(reference.logprobs(batch).result().logprobs, batch.response_mask)
+    return result | {stage.baseline: torch.zeros_like(result[stage.baseline])}
+
+
+def _candidate(
+    name: str,
+    recipe: Recipe,
+    rollouts: Sequence[Rollout],
+    golds: Sequence[float],
+    rewards: Sequence[float],
+    kls: Sequence[float],
+) -> CandidateSamples:
+    kind = next((stage.kind for stage in recipe.stages if stage.name == name), "base")
+    samples = (
+        Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, kl, len(r.tokens), r.finish_reason)
+        for r, gold, reward, kl in zip(rollouts, golds, rewards, kls, strict=True)
+    )
+    return CandidateSamples(name, kind, tuple(samples))
+
+
+def _mean_length(rollouts: Sequence[Rollout]) -> float:
+    return sum(len(rollout.tokens) for rollout in rollouts) / len(rollouts)
+
+
+def _report(
+    comparison: Comparison, candidates: Sequence[CandidateSamples], stage: CompareStage, context: StageContext
+) -> None:
+    curves = read_curves(context.folder.parent.parent)
+    facts = {
+        "Prompts": f"{len({s.prompt_id for s in candidates[0].samples})} held out, disjoint from all training prompts",
+        "Samples per prompt": str(stage.samples_per_prompt),
+        "Decoding": f"temperature {stage.temperature}, at most {stage.max_response_tokens} tokens, same for all",
+        "KL": f"mean over samples of log pi - log ref, reference {stage.baseline}, in nats a response",
+        "Run seed": str(context.recipe.seed),
+        "Model": f"{context.recipe.model.path} ({context.recipe.model.dtype})",
+    }
+    write_json(context.folder / "report.json", comparison)
+    write_html(context.folder / "report.html", comparison, curves, candidates, facts)

@@ -1,0 +1,106 @@
+"""What every stage is given, and how it builds its roles from the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf.engines.base import LearnerSpec, RolloutSpec
+from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
+from rlhf.recipe.base import FunctionJudge, Judge, Lora, Optimizer
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import Stage
+from rlhf.rewards.function import FunctionReward
+from rlhf.rewards.model import ModelReward
+from rlhf.roles import Launcher, RewardSource
+from rlhf.seeding import derive
+from rlhf.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage's surroundings. `outputs` maps `base` and each finished stage to its folder."""
+
+    recipe: Recipe
+    stage: Stage
+    folder: Path
+    outputs: Mapping[str, Path]
+    launcher: Launcher
+    tracker: Tracker
+    threads: Mapping[str, int]
+    max_length: int
+
+    def seed(self, *parts: str | int) -> int:
+        """Return a seed for one purpose inside this stage."""
+        return derive(self.recipe.seed, self.stage.name, *parts)
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the Hugging Face folder of `base` or of a finished stage."""
+        return self.outputs[name] if name == "base" else self.outputs[name] / "model"
+
+    def tokenizer(self, name: str) -> ChatTokenizer:
+        """Load the tokenizer of a checkpoint."""
+        return load_tokenizer(self.checkpoint(name))
+
+    def trained(
+        self,
+        role: str,
+        kind: Literal["causal", "scalar"],
+        checkpoint: str,
+        optimizer: Optimizer,
+        lora: Lora | Literal["full"] | None,
+        head_learning_rate: float | None = None,
+        temperature: float = 1.0,
+    ) -> LearnerSpec:
+        """Describe a model that this stage trains; `lora` None takes the recipe's."""
+        adapters = lora or self.recipe.lora
+        return LearnerSpec(
+            role=role,
+            kind=kind,
+            checkpoint=self.checkpoint(checkpoint),
+            dtype=self.recipe.model.dtype,
+            lora=None if adapters == "full" else adapters,
+            optimizer=optimizer,
+            head_learning_rate=head_learning_rate,
+            max_tokens_per_microbatch=self.stage.max_tokens_per_microbatch,
+            temperature=temperature,
+            threads=self.threads[role],
+            seed=self.seed("model", role),
+        )
+
+    def frozen(
+        self, role: str, kind: Literal["causal", "scalar"], checkpoint: str, temperature: float = 1.0
+    ) -> LearnerSpec:
+        """Describe a model that this stage only asks."""
+        return LearnerSpec(
+            role=role,
+            kind=kind,
+            checkpoint=self.checkpoint(checkpoint),
+            dtype=self.recipe.model.dtype,
+            lora=None,
+            optimizer=None,
+            head_learning_rate=None,
+            max_tokens_per_microbatch=self.stage.max_tokens_per_microbatch,
+            temperature=temperature,
+            threads=self.threads[role],
+            seed=self.seed("model", role),
+        )
+
+    def rollout(self, checkpoint: str) -> RolloutSpec:
+        """Describe the rollout engine, serving a checkpoint."""
+        return RolloutSpec(
+            checkpoint=self.checkpoint(checkpoint),
+            dtype=self.recipe.model.dtype,
+            role=self.recipe.roles.rollout,
+            max_length=self.max_length,
+            threads=self.threads["rollout"],
+            seed=self.recipe.seed,
+        )
+
+    def judge(self, judge: Judge, pad_id: int) -> RewardSource:
+        """Start the reward source that a judge section describes."""
+        if isinstance(judge, FunctionJudge):
+            return FunctionReward(judge.path)
+        return ModelReward(self.launcher.reward(self.frozen("reward", "scalar", judge.stage)), pad_id)

@@ -1,0 +1,46 @@
+"""The loop that SFT, reward modelling and preference training share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from rlhf.data.sampler import batches
+from rlhf.engines.base import Objective
+from rlhf.engines.schedule import lr_scale
+from rlhf.errors import GuardError
+from rlhf.recipe.stage_schema import Training
+from rlhf.roles import Learner
+from rlhf.stages.context import StageContext
+from rlhf.types import Rows
+
+MAX_SKIPPED = 5
+Row = TypeVar("Row")
+
+
+def train_epochs(
+    learner: Learner,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], Rows],
+    objective: Objective,
+    stage: Training,
+    context: StageContext,
+) -> None:
+    """Train on shuffled batches of `rows` for the stage's epochs, one optimizer step per batch."""
+    plan = list(batches(len(rows), stage.batch_size, stage.epochs, context.seed("order")))
+    context.tracker.begin("training", len(plan))
+    skipped = 0
+    for index, picked in enumerate(plan):
+        start = time.perf_counter()
+        batch = collate([rows[row] for row in picked])
+        scale = lr_scale(stage.optimizer, index, len(plan))
+        metrics = learner.train(batch, objective, [range(len(picked))], scale).result()
+        skipped = skipped + 1 if metrics["skipped_steps"] else 0
+        if skipped >= MAX_SKIPPED:
+            raise GuardError(
+                f"the gradient was not finite {skipped} steps in a row; lower optimizer.learning_rate or use float32"
+            )
+        speed = float(batch.lengths().sum()) / (time.perf_counter() - start)
+        extra = {"learning_rate": scale * stage.optimizer.learning_rate, "tokens_per_second": speed}
+        context.tracker.log(index + 1, {**metrics, **extra})

@@ -1,0 +1,63 @@
+"""Where metrics go: `metrics.jsonl` of the stage, the display, and wandb where the recipe asks for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.progress import Display
+from rlhf.recipe.schema import Recipe
+
+
+class WandbSink:
+    """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        import wandb
+
+        settings = recipe.tracking.wandb
+        assert settings is not None
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        config = recipe.model_dump(mode="json", exclude={"tracking", "ray"})
+        self.run: Any = wandb.init(
+            project=settings.project, entity=settings.entity, name=recipe.name, dir=folder, mode=mode, config=config
+        )
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log under `stage/name`, with the stage's own step axis."""
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+class Tracker:
+    """Writes the metrics of one stage."""
+
+    def __init__(self, stage: str, folder: Path, display: Display, wandb: WandbSink | None) -> None:
+        self.stage = stage
+        self.display = display
+        self.wandb = wandb
+        self.path = folder / "metrics.jsonl"
+        self.step = 0
+
+    def begin(self, label: str, total: int) -> None:
+        """Show that a part of the stage with `total` steps begins."""
+        self.display.stage(f"{self.stage} {label}".strip(), total)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a finished step (from 1); non-finite values are written as null."""
+        self.step = step
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+        if self.wandb:
+            self.wandb.log(self.stage, step, values)
+        self.display.step(step, values)
