@@ -22,7 +22,6 @@ from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe, Role
-from rlhf.roles import Policy, Reference, SharedReference
 
 log = logging.getLogger("rlhf")
 
@@ -42,9 +41,9 @@ class RayLauncher:
         """Build the policy in its process."""
         return self._model(spec)
 
-    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
-        """Build the reference, or take the policy's base."""
-        return SharedReference(policy) if self.recipe.roles.reference.share else self._model(spec)
+    def reference(self, spec: LearnerSpec) -> RayModel:
+        """Build the reference in its process."""
+        return self._model(spec)
 
     def reward(self, spec: LearnerSpec) -> RayModel:
         """Build the reward model in its process."""

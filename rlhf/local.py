@@ -14,7 +14,7 @@ from rlhf.engines.base import LearnerSpec, Objective, RolloutSpec
 from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
 from rlhf.recipe.schema import Recipe
-from rlhf.roles import Policy, Ready, Reference, SharedReference, WeightReceipt
+from rlhf.roles import Ready, WeightReceipt
 from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
 
 
@@ -93,16 +93,16 @@ class LocalLauncher:
     """Builds roles in this process; generation is by transformers."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.name = recipe.name
         self.engine: LocalRollout | None = None
 
     def policy(self, spec: LearnerSpec) -> LocalModel:
         """Build the policy."""
         return LocalModel(spec)
 
-    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
-        """Build the reference, or take the policy's base."""
-        return SharedReference(policy) if self.recipe.roles.reference.share else LocalModel(spec)
+    def reference(self, spec: LearnerSpec) -> LocalModel:
+        """Build the reference."""
+        return LocalModel(spec)
 
     def reward(self, spec: LearnerSpec) -> LocalModel:
         """Build the reward model."""

@@ -140,8 +140,8 @@ class Launcher(Protocol):
         """Start the policy."""
         ...
 
-    def reference(self, spec: LearnerSpec, policy: Policy) -> Reference:
-        """Start the reference, or take the policy's own base where the recipe shares it."""
+    def reference(self, spec: LearnerSpec) -> Reference:
+        """Start a reference with weights of its own."""
         ...
 
     def reward(self, spec: LearnerSpec) -> Reward:

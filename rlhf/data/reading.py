@@ -53,9 +53,7 @@ def _name(source: PathData | HubData) -> str:
 
 def _for_format(source: PathData | HubData, table: Mapping[str, Choice], purpose: str) -> Choice:
     if source.format not in table:
-        raise RecipeError(
-            f"{_name(source)}: format '{source.format}' does not hold {purpose} (use {', '.join(table)})"
-        )
+        raise RecipeError(f"{_name(source)}: format '{source.format}' does not hold {purpose} (use {', '.join(table)})")
     return table[source.format]
 
 

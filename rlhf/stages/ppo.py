@@ -14,7 +14,7 @@ from rlhf.errors import GuardError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.base import ModelJudge
 from rlhf.recipe.stage_schema import PpoStage
-from rlhf.roles import Roles
+from rlhf.roles import Reference, Roles, SharedReference
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import check_rollouts, collect
 from rlhf.stages.samples import write_samples
@@ -60,11 +60,13 @@ def start_roles(stage: PpoStage, context: StageContext, tokenizer: ChatTokenizer
             "policy", "causal", stage.policy, stage.optimizer, stage.lora, temperature=stage.temperature
         )
     )
+    if context.recipe.roles.reference.share:
+        reference: Reference = SharedReference(policy)
+    else:
+        reference = launcher.reference(context.frozen("reference", "causal", stage.policy, stage.temperature))
     return Roles(
         policy=policy,
-        reference=launcher.reference(
-            context.frozen("reference", "causal", stage.policy, temperature=stage.temperature), policy
-        ),
+        reference=reference,
         reward=context.judge(stage.reward, tokenizer.pad_id),
         critic=launcher.critic(
             context.trained("critic", "scalar", critic_start, stage.critic_optimizer, stage.critic_lora)

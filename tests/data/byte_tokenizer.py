@@ -1,0 +1,34 @@
+"""A chat tokenizer over bytes whose ids can be worked out by hand.
+
+Ids 0-255 are bytes; 256 pad, 257 end-of-sequence, 258 user, 259 assistant, 260 system.
+"""
+
+from collections.abc import Sequence
+
+PAD, EOS, USER, ASSISTANT, SYSTEM = range(256, 261)
+ROLE_IDS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+
+Messages = Sequence[dict[str, str]]
+
+
+class ByteTokenizer:
+    pad_id = PAD
+    eos_ids = (EOS,)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        return [*self.conversation_ids(messages)[0], ASSISTANT]
+
+    def conversation_ids(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        mask: list[bool] = []
+        for message in messages:
+            body = [*message["content"].encode(), EOS]
+            ids += [ROLE_IDS[message["role"]], *body]
+            mask += [False, *([message["role"] == "assistant"] * len(body))]
+        return ids, mask
+
+    def completion_ids(self, messages: Messages, response: str) -> tuple[list[int], list[int]]:
+        return self.prompt_ids(messages), [*response.encode(), EOS]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode(errors="replace")

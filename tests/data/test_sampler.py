@@ -1,0 +1,60 @@
+"""Properties of the order of training."""
+
+from collections import Counter
+
+import pytest
+
+from rlhf.data.sampler import batches, permutation, prompt_batch, steps
+from rlhf.errors import DataError
+
+
+def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
+    made = list(batches(rows=10, batch_size=4, epochs=3, seed=5))
+    assert [len(batch) for batch in made] == [4, 4, 2] * 3
+    epochs = [sum(made[start : start + 3], []) for start in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    assert list(batches(10, 4, 2, seed=5)) == list(batches(10, 4, 2, seed=5))
+    assert list(batches(10, 4, 2, seed=5)) == list(batches(10, 4, 3, seed=5))[:6]
+    assert list(batches(10, 4, 2, seed=5)) != list(batches(10, 4, 2, seed=6))
+    assert sum(batches(10, 3, 1, seed=5), []) == sum(batches(10, 7, 1, seed=5), []) == permutation(10, 5, 0)
+
+
+def test_every_position_is_reached_by_every_row():
+    seen = Counter(permutation(4, seed=0, epoch=epoch)[0] for epoch in range(400))
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert min(seen.values()) > 70
+
+
+@pytest.mark.parametrize(("rows", "size", "epochs"), [(10, 4, 3), (8, 4, 2), (3, 5, 2), (1, 1, 1)])
+def test_steps_counts_batches(rows, size, epochs):
+    assert steps(rows, size, epochs) == len(list(batches(rows, size, epochs, seed=0)))
+
+
+def test_rl_steps_walk_through_an_epoch_without_repeats():
+    per_epoch = 3
+    walked = [prompt_batch(rows=10, size=3, step=step, seed=1) for step in range(4 * per_epoch)]
+    for start in range(0, len(walked), per_epoch):
+        epoch = sum(walked[start : start + per_epoch], [])
+        assert len(set(epoch)) == 9
+    assert all(len(set(batch)) == 3 for batch in walked)
+    assert walked[0] + walked[1] + walked[2] != walked[3] + walked[4] + walked[5]
+    assert {row for batch in walked for row in batch} == set(range(10))
+
+
+def test_a_step_asks_for_its_rows_without_the_steps_before():
+    assert prompt_batch(10, 3, step=7, seed=1) == [prompt_batch(10, 3, step, seed=1) for step in range(8)][7]
+    assert prompt_batch(10, 3, step=7, seed=1) != prompt_batch(10, 3, step=7, seed=2)
+
+
+def test_all_rows_in_one_step_are_a_permutation_each_time():
+    assert sorted(prompt_batch(5, 5, step=9, seed=0)) == [0, 1, 2, 3, 4]
+
+
+def test_a_step_cannot_take_more_prompts_than_there_are():
+    with pytest.raises(DataError) as error:
+        prompt_batch(rows=3, size=4, step=0, seed=0)
+    assert str(error.value) == ("a step takes 4 prompts but there are only 3: lower prompts_per_step or add prompts")
