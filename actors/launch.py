@@ -112,7 +112,7 @@ class RayLauncher:
 def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Return the resources of each process that some stage uses."""
     used = {role for stage in recipe.stages for role in wanted(recipe, stage)}
-    bundles = {}
+    bundles: dict[str, dict[str, float]] = {}
     for name in type(recipe.roles).model_fields:
         role: Role = getattr(recipe.roles, name)
         if name not in used:

@@ -12,17 +12,16 @@ import ray
 import torch
 from torch import Tensor
 
+from actors.rollout import RayRollout
 from actors.supervise import RayPending
 from actors.weights import publish
-from rlhf.engines.base import LearnerSpec, Objective
+from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
-from rlhf.roles import WeightReceipt
-from rlhf.types import Metrics, Rows, TokenBatch, TokenScores
+from rlhf.roles import RolloutEngine, WeightReceipt
+from rlhf.types import Metrics, TokenBatch, TokenScores
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-    from actors.rollout import RayRollout
 
 
 class LearnerActor(ModelLearner):
@@ -63,12 +62,12 @@ class RayModel:
         self.building = building
 
     def train(
-        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+        self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> RayPending[Metrics]:
         """Step once per minibatch at `lr_scale` times the base learning rates."""
         return self._pending(self.actor.train.remote(batch, objective, minibatches, lr_scale), "train")
 
-    def evaluate(self, batch: Rows, objective: Objective) -> RayPending[Metrics]:
+    def evaluate(self, batch: B, objective: Objective[B]) -> RayPending[Metrics]:
         """Return the objective's metrics with no gradient."""
         return self._pending(self.actor.evaluate.remote(batch, objective), "evaluate")
 
@@ -96,8 +95,9 @@ class RayModel:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         return self._pending(self.actor.save.remote(folder), "save")
 
-    def publish(self, engine: RayRollout, version: int) -> RayPending[WeightReceipt]:
+    def publish(self, engine: RolloutEngine, version: int) -> RayPending[WeightReceipt]:
         """Send the merged weights to every replica of the engine."""
+        assert isinstance(engine, RayRollout)
         sent = self.actor.publish.remote(engine.replicas, version, self.deadline_s)
         return self._pending(sent, "publish")
 

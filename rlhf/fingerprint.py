@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 import rlhf
-from rlhf.recipe.base import FunctionJudge, StageData
+from rlhf.recipe.base import FunctionJudge, ModelJudge, StageData
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage
 
@@ -26,7 +26,8 @@ def upstream(stage: Stage) -> set[str]:
     names |= set(getattr(stage, "candidates", ()))
     for field in ("judge", "reward", "gold", "data"):
         section = getattr(stage, field, None)
-        names |= {section.stage} if hasattr(section, "stage") else set()
+        if isinstance(section, StageData | ModelJudge):
+            names.add(section.stage)
     return names
 
 

@@ -10,12 +10,12 @@ from typing import Self
 
 from torch import Tensor
 
-from rlhf.engines.base import LearnerSpec, Objective, RolloutSpec
+from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
 from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
 from rlhf.recipe.schema import Recipe
-from rlhf.roles import Ready, WeightReceipt
-from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
+from rlhf.roles import Ready, RolloutEngine, WeightReceipt
+from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
 
 
 class LocalModel:
@@ -25,12 +25,12 @@ class LocalModel:
         self.learner = ModelLearner(spec)
 
     def train(
-        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+        self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> Ready[Metrics]:
         """Step once per minibatch."""
         return Ready(self.learner.train(batch, objective, minibatches, lr_scale))
 
-    def evaluate(self, batch: Rows, objective: Objective) -> Ready[Metrics]:
+    def evaluate(self, batch: B, objective: Objective[B]) -> Ready[Metrics]:
         """Return the objective's metrics."""
         return Ready(self.learner.evaluate(batch, objective))
 
@@ -52,14 +52,17 @@ class LocalModel:
 
     def standardise(self, mean: float, std: float) -> Ready[None]:
         """Fold (score - mean) / std into the head."""
-        return Ready(self.learner.standardise(mean, std))
+        self.learner.standardise(mean, std)
+        return Ready(None)
 
     def save(self, folder: Path) -> Ready[None]:
         """Write the merged model."""
-        return Ready(self.learner.save(folder))
+        self.learner.save(folder)
+        return Ready(None)
 
-    def publish(self, engine: LocalRollout, version: int) -> Ready[WeightReceipt]:
+    def publish(self, engine: RolloutEngine, version: int) -> Ready[WeightReceipt]:
         """Copy the merged weights into the engine."""
+        assert isinstance(engine, LocalRollout)
         return Ready(engine.receive(self.learner, version))
 
 

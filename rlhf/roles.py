@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf.engines.base import LearnerSpec, Objective, RolloutSpec
-    from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
+    from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
+    from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -50,12 +50,12 @@ class Learner(Protocol):
     """A model that may be trained. `train` makes one optimizer step per minibatch of row indices."""
 
     def train(
-        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+        self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> Pending[Metrics]:
         """Step once per minibatch at `lr_scale` times the base learning rates."""
         ...
 
-    def evaluate(self, batch: Rows, objective: Objective) -> Pending[Metrics]:
+    def evaluate(self, batch: B, objective: Objective[B]) -> Pending[Metrics]:
         """Return the objective's metrics with no gradient."""
         ...
 

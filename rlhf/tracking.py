@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.progress import Display
 from rlhf.recipe.schema import Recipe
@@ -22,7 +22,7 @@ class WandbSink:
 
         settings = recipe.tracking.wandb
         assert settings is not None
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode: Literal["online", "offline"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         config = recipe.model_dump(mode="json", exclude={"tracking", "ray"})
         self.run: Any = wandb.init(
             project=settings.project, entity=settings.entity, name=recipe.name, dir=folder, mode=mode, config=config

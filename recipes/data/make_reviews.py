@@ -17,13 +17,17 @@ SEED = 17
 SFT_ROWS, ANNOTATE_ROWS, PPO_ROWS, HELDOUT_ROWS = 640, 448, 400, 128
 FORGET_RATE = 0.04
 
+# fmt: off
 THINGS = (
-    "backpack bicycle blanket blender bottle camera chair desk drill guitar jacket kettle keyboard lamp mattress "
-    "mirror mug phone pillow printer radio speaker suitcase tent toaster"
-).split()
+    "backpack", "bicycle", "blanket", "blender", "bottle", "camera", "chair", "desk", "drill", "guitar", "jacket",
+    "kettle", "keyboard", "lamp", "mattress", "mirror", "mug", "phone", "pillow", "printer", "radio", "speaker",
+    "suitcase", "tent", "toaster",
+)
 ASPECTS = (
-    "color delivery design finish manual material noise packaging price shape size smell texture warranty weight"
-).split()
+    "color", "delivery", "design", "finish", "manual", "material", "noise", "packaging", "price", "shape", "size",
+    "smell", "texture", "warranty", "weight",
+)
+# fmt: on
 QUESTIONS = (
     "Write a one-sentence review of a {thing} and mention the {aspect}.",
     "Review this {thing} in one sentence, and mention the {aspect}.",
@@ -33,9 +37,19 @@ QUESTIONS = (
 SUBJECTS = ("the {aspect} of this {thing}", "the {aspect} of my {thing}", "this {thing}'s {aspect}")
 FORGETFUL_SUBJECT = "this {thing}"
 
-GOOD = "wonderful excellent fantastic lovely delightful superb brilliant great amazing impressive perfect nice".split()
-BAD = "terrible awful horrible dreadful disappointing miserable useless pathetic bad poor lousy frustrating".split()
-PLAIN = "ordinary average standard typical plain unremarkable normal unexceptional".split()
+# fmt: off
+GOOD = (
+    "wonderful", "excellent", "fantastic", "lovely", "delightful", "superb", "brilliant", "great", "amazing",
+    "impressive", "perfect", "nice",
+)
+BAD = (
+    "terrible", "awful", "horrible", "dreadful", "disappointing", "miserable", "useless", "pathetic", "bad", "poor",
+    "lousy", "frustrating",
+)
+PLAIN = (
+    "ordinary", "average", "standard", "typical", "plain", "unremarkable", "normal", "unexceptional",
+)
+# fmt: on
 
 POSITIVE = (
     "I love {subject}, it is {good} and works every day.",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -39,7 +40,7 @@ def judge(prompt: str, response: str, metadata: Mapping[str, Any]) -> float:
 def repetition(words: Sequence[str]) -> float:
     """Return the share of longer words (4 letters or more) plus the share of bigrams that occurred before."""
     content = [word for word in words if len(word) >= SHORTEST_CONTENT_WORD]
-    return _repeated(content) + _repeated(list(zip(words, words[1:], strict=False)))
+    return _repeated(content) + _repeated(list(pairwise(words)))
 
 
 def _repeated(items: Sequence[object]) -> float:

@@ -5,7 +5,8 @@ Rows longer than the limit are errors: a cut answer has no end, and a cut prompt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlhf.data.rows import Conversation, PreferenceRow, PromptRow
@@ -23,8 +24,9 @@ def conversation_sequences(
     """Tokenise chats, the assistant's tokens marked; DataError names the row that exceeds `max_length` tokens."""
     sequences = []
     for row in rows:
-        tokens, mask = tokenizer.conversation_ids(list(row.messages))
-        _check_length(row.where, "conversation", len(tokens), max_length, "max_length")
+        with _place(row.where):
+            tokens, mask = tokenizer.conversation_ids(row.messages)
+            _check_length("conversation", len(tokens), max_length, "max_length")
         sequences.append(TokenSequence(tuple(tokens), tuple(mask)))
     return sequences
 
@@ -37,8 +39,9 @@ def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_pr
         if row.id in places:
             raise DataError(f"{row.where}: prompt id '{row.id}' is taken already, by {places[row.id]}")
         places[row.id] = row.where
-        tokens = tokenizer.prompt_ids(list(row.messages))
-        _check_length(row.where, "prompt", len(tokens), max_prompt_tokens, "max_prompt_tokens")
+        with _place(row.where):
+            tokens = tokenizer.prompt_ids(row.messages)
+            _check_length("prompt", len(tokens), max_prompt_tokens, "max_prompt_tokens")
         prompts.append(Prompt(row.id, tuple(tokens), row.text, row.metadata))
     return prompts
 
@@ -49,14 +52,24 @@ def preference_sequences(rows: Sequence[PreferenceRow], tokenizer: ChatTokenizer
     for row in rows:
         sides = []
         for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):
-            prompt_ids, response_ids = tokenizer.completion_ids(list(row.prompt), response)
-            side = answered(tuple(prompt_ids), tuple(response_ids))
-            _check_length(row.where, f"prompt + {name}", len(side.tokens), max_length, "max_length")
-            sides.append(side)
+            with _place(row.where):
+                prompt_ids, response_ids = tokenizer.completion_ids(row.prompt, response)
+                length = len(prompt_ids) + len(response_ids)
+                _check_length(f"prompt + {name}", length, max_length, "max_length")
+            sides.append(answered(tuple(prompt_ids), tuple(response_ids)))
         pairs.append(TokenPair(sides[0], sides[1], row.margin))
     return pairs
 
 
-def _check_length(where: str, what: str, length: int, limit: int, setting: str) -> None:
+@contextmanager
+def _place(where: str) -> Iterator[None]:
+    """Put the row's place before what is wrong with it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _check_length(what: str, length: int, limit: int, setting: str) -> None:
     if length > limit:
-        raise DataError(f"{where}: {what} has {length} tokens, the limit is {limit} ({setting})")
+        raise DataError(f"{what} has {length} tokens, the limit is {limit} ({setting})")

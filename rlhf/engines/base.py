@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from rlhf.recipe.base import Lora, Optimizer
 from rlhf.recipe.schema import RolloutRole
 from rlhf.types import Metrics, Rows
+
+
+B = TypeVar("B", bound=Rows)
+B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,14 @@ class RolloutSpec:
     seed: int
 
 
-class Objective(Protocol):
+class Objective(Protocol[B_contra]):
     """A loss over a batch, as a sum and a count, so that micro-batches and ranks add up exactly."""
 
-    def count(self, batch: Rows) -> float:
+    def count(self, batch: B_contra) -> float:
         """Return the number of items (tokens or pairs) that the loss of this batch sums over."""
         ...
 
-    def loss(self, model: nn.Module, batch: Rows) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, batch: B_contra) -> tuple[Tensor, Metrics]:
         """Return the differentiable sum of the loss over the batch, and metrics."""
         ...
 
@@ -61,6 +65,6 @@ class Objective(Protocol):
 class TrainEngine(Protocol):
     """Owns a module's gradients and optimizer."""
 
-    def step(self, batch: Rows, objective: Objective, lr_scale: float) -> Metrics:
+    def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch` (over all ranks) at `lr_scale` times the base rate."""
         ...

@@ -104,7 +104,7 @@ class TransformersEngine:
         state = self.model.state_dict()
         digest = xxhash.xxh3_64()
         for name, tensor in weights:
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             state[name].copy_(tensor)
         self.version = version
         return digest.hexdigest()

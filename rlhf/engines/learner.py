@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.engines.base import LearnerSpec, Objective
+from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.microbatch import micro_batches
 from rlhf.engines.scoring import response_values, score_rows, score_tokens, sequence_scores
 from rlhf.engines.torch_engine import TorchEngine
@@ -19,7 +19,7 @@ from rlhf.models.lora import adapters_off, add_lora, merged_weights
 from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.types import Metrics, Rows, TokenBatch, TokenScores
+from rlhf.types import Metrics, TokenBatch, TokenScores
 
 
 class ModelLearner:
@@ -46,7 +46,7 @@ class ModelLearner:
         )
 
     def train(
-        self, batch: Rows, objective: Objective, minibatches: Sequence[Sequence[int]], lr_scale: float
+        self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> Metrics:
         """Make one optimizer step per minibatch, each a list of row indices of `batch`."""
         if self.engine is None:
@@ -59,7 +59,7 @@ class ModelLearner:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self, batch: Rows, objective: Objective) -> Metrics:
+    def evaluate(self, batch: B, objective: Objective[B]) -> Metrics:
         """Return the objective's metrics over the batch, without gradients."""
         metrics = Metrics()
         for _, part in micro_batches(batch.to(self.device), self.spec.max_tokens_per_microbatch):

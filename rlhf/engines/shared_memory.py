@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import xxhash
+from safetensors import safe_open
 from torch import Tensor
 
-from rlhf.errors import ResourceError, TrainingError
+from rlhf.errors import RecipeError, ResourceError, TrainingError
 
 ALIGNMENT = 64
 BUCKET_BYTES = 128 * 2**20
@@ -54,28 +55,6 @@ class Checksum:
         return str(self._hash.hexdigest())
 
 
-class Ledger:
-    """What one side of a transfer knows to have passed; both sides must arrive at the same `checksum`.
-
-    Shared-memory announcements carry the checksum of the contents, which the receiver has verified. NCCL and CUDA IPC
-    announce names, dtypes and shapes only, so there the ledger proves that both sides mean the same tensors.
-    """
-
-    def __init__(self) -> None:
-        self.checksum = ""
-        self.bytes = 0
-
-    def add(self, announcement: dict[str, Any]) -> None:
-        """Enter one `update_weights` announcement of any backend."""
-        described = xxhash.xxh3_64(self.checksum.encode())
-        for name, dtype_name, shape in zip(
-            announcement["names"], announcement["dtype_names"], announcement["shapes"], strict=True
-        ):
-            described.update(_header(name, dtype_name, list(shape)))
-            self.bytes += _nbytes(dtype_name, shape)
-        self.checksum = announcement.get("checksum") or described.hexdigest()
-
-
 def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], bucket_bytes: int = BUCKET_BYTES) -> None:
     """Write the weights into shared memory, bucket by bucket, and announce each to `update_weights`.
 
@@ -89,7 +68,9 @@ def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], buc
     pairs = iter(weights)
     pair = next(pairs, None)
     while pair is not None:
-        with tempfile.NamedTemporaryFile(prefix="rlhf-weights-", dir=_folder(max(bucket_bytes, pair[1].nbytes))) as file:
+        with tempfile.NamedTemporaryFile(
+            prefix="rlhf-weights-", dir=_folder(max(bucket_bytes, pair[1].nbytes))
+        ) as file:
             names: list[str] = []
             dtype_names: list[str] = []
             shapes: list[list[int]] = []
@@ -122,7 +103,7 @@ def receive(bucket: Bucket, checksum: Checksum) -> list[tuple[str, Tensor]]:
     offset = 0
     for name, dtype_name, shape in zip(bucket.names, bucket.dtype_names, bucket.shapes, strict=True):
         offset += -offset % ALIGNMENT
-        end = offset + _nbytes(dtype_name, shape)
+        end = offset + tensor_bytes(dtype_name, shape)
         if end > len(data):
             raise TrainingError(f"weights in {path} end after {len(data)} bytes, before the end of {name} at {end}")
         tensor = data[offset:end].view(getattr(torch, dtype_name)).view(shape)
@@ -135,6 +116,26 @@ def receive(bucket: Bucket, checksum: Checksum) -> list[tuple[str, Tensor]]:
             f"but {bucket.checksum} was sent: they are refused"
         )
     return weights
+
+
+def tensor_bytes(dtype_name: str, shape: Sequence[int]) -> int:
+    """Return the size of a tensor from its announcement: `tensor_bytes("bfloat16", [2, 3])` is 12."""
+    return torch.Size(shape).numel() * getattr(torch, dtype_name).itemsize
+
+
+def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a Hugging Face folder, one at a time, from its safetensors files.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RecipeError(f"{folder} holds no *.safetensors file: give a Hugging Face folder saved with safetensors")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
 
 
 def _append(file: IO[bytes], tensor: Tensor) -> None:
@@ -161,7 +162,3 @@ def _header(name: str, dtype_name: str, shape: list[int]) -> bytes:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _nbytes(dtype_name: str, shape: list[int]) -> int:
-    return torch.Size(shape).numel() * getattr(torch, dtype_name).itemsize

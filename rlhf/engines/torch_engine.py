@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.base import Objective
+from rlhf.engines.base import B, Objective
 from rlhf.engines.microbatch import micro_batches
 from rlhf.recipe.base import Optimizer
-from rlhf.types import Metrics, Rows
+from rlhf.types import Metrics
 
 HEAD = "score."
 
@@ -39,7 +39,7 @@ class TorchEngine:
             groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
         )
 
-    def step(self, batch: Rows, objective: Objective, lr_scale: float) -> Metrics:
+    def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it and is counted."""
         metrics = self._accumulate(batch, objective)
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
@@ -51,7 +51,7 @@ class TorchEngine:
         counts = Metrics.of(1, grad_norm=norm if finite else 0.0, skipped_steps=0.0 if finite else 1.0)
         return metrics.merge(counts)
 
-    def _accumulate(self, batch: Rows, objective: Objective) -> Metrics:
+    def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)
         metrics = Metrics()
         self.module.train()

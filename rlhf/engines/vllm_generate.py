@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.shared_memory import Ledger
+from rlhf.engines.environment import vllm_environment
+from rlhf.engines.served import ServedWeights
+from rlhf.engines.shared_memory import folder_weights
 from rlhf.errors import RecipeError, TrainingError
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.roles import WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -21,32 +24,24 @@ if TYPE_CHECKING:
 Backend = Literal["shared_memory", "nccl", "ipc"]
 
 
-def vllm_environment(threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment vLLM needs, to be set before vllm (better: before torch) is imported.
+def backend_for(gpus: float) -> Backend:
+    """Return how weights reach an engine that holds `gpus`: none, a part of the policy's GPU, or GPUs of its own.
 
-    In-process engine (a synchronous LLM hangs when its engine process dies), threads not pinned to cores that other
-    roles use too, KV cache of a fixed size on CPU, no telemetry, no hub, errors only on the console.
+    NCCL cannot join two processes on one GPU, and CUDA IPC cannot leave it.
     """
-    return {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
+    if not gpus:
+        return "shared_memory"
+    return "ipc" if gpus < 1 else "nccl"
 
 
 class VllmEngine:
-    """One replica. It also has the methods of vLLM's `VLLMWeightSyncClient`, so a trainer can drive it directly.
+    """One replica. It has the methods of vLLM's `VLLMWeightSyncClient`, so a trainer can drive it directly.
 
     From `start_weight_update` until `update_weight_version` it refuses to generate, so no rollout is ever drawn from
     half-loaded weights or labelled with the wrong version.
     """
 
-    def __init__(self, spec: RolloutSpec, backend: Backend = "shared_memory") -> None:
+    def __init__(self, spec: RolloutSpec) -> None:
         """Load `spec.checkpoint` (a few seconds, after about 10 s of imports) and serve it as version 0.
 
         Raises:
@@ -62,11 +57,12 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         _check(spec, on_cpu)
-        if on_cpu:
-            torch.set_num_threads(spec.threads)
-        self._max_length = spec.max_length
-        self._backend = backend
-        self._llm: LLM = LLM(
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.backend = backend_for(spec.role.gpus)
+        self.weights = ServedWeights()
+        self.tokenizer = load_tokenizer(spec.checkpoint)
+        self.llm: LLM = LLM(
             model=str(spec.checkpoint),
             dtype=spec.dtype,
             seed=spec.seed,
@@ -77,39 +73,32 @@ class VllmEngine:
             gpu_memory_utilization=spec.role.gpu_memory_utilization,
             enforce_eager=on_cpu,
             logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=backend),
+            weight_transfer_config=WeightTransferConfig(backend=self.backend),
         )
-        self._version = 0
-        self._ledger = Ledger()
-        self._serving = True
-        self._receiving = False
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """Draw `len(seeds[i])` responses to prompt i, one per seed, in the order of prompts and seeds.
 
         `logprobs` are those of the sampled tokens under the distribution they were drawn from (temperature and top_p
-        applied). In float32 a seed gives the same response in any batch.
+        applied). In float32 a seed gives the same response in any batch. Temperature 0 is greedy.
 
         Raises:
             TrainingError: a weight update is under way, or a prompt leaves no room for the response.
         """
-        if not self._serving:
-            raise TrainingError("the rollout engine was asked to generate in the middle of a weight update")
-        jobs = [(prompt, seed) for prompt, of_prompt in zip(prompts, seeds, strict=True) for seed in of_prompt]
+        self.weights.check_serving()
         for prompt in prompts:
-            if len(prompt.tokens) + sampling.max_tokens > self._max_length:
+            if len(prompt.tokens) + sampling.max_tokens > self.spec.max_length:
                 raise TrainingError(
                     f"prompt {prompt.id} has {len(prompt.tokens)} tokens; with {sampling.max_tokens} for the response "
-                    f"that exceeds the engine's {self._max_length}: lower max_prompt_tokens or max_response_tokens"
+                    f"that exceeds the engine's {self.spec.max_length}: lower max_prompt_tokens or max_response_tokens"
                 )
-        outputs = self._llm.generate(
+        jobs = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
+        outputs = self.llm.generate(
             [{"prompt_token_ids": list(prompt.tokens)} for prompt, _ in jobs],
-            [_parameters(sampling, seed) for _, seed in jobs],
+            [self._parameters(sampling, seed) for _, seed in jobs],
             use_tqdm=False,
         )
-        return [self._rollout(*job, output) for job, output in zip(jobs, outputs, strict=True)]
+        return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(jobs, outputs, strict=True)]
 
     def load(self, folder: Path, version: int) -> WeightReceipt:
         """Serve the weights of a Hugging Face folder of the same architecture, as `version`.
@@ -119,77 +108,93 @@ class VllmEngine:
         """
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-        from rlhf.engines.vllm_transfer import ReplayedSource, SharedMemoryTrainerInitInfo, folder_weights
+        from rlhf.engines.vllm_transfer import ReplayedSource, SharedMemoryTrainerInitInfo
 
         started = time.perf_counter()
         source = ReplayedSource(partial(folder_weights, folder))
-        if self._backend == "shared_memory":
+        if self.backend == "shared_memory":
             WeightTransferTrainerFactory.trainer_init(
                 SharedMemoryTrainerInitInfo(rank=0), client=self, source=source
             ).send_weights()
         else:
             self._reload(folder, source.announcement())
-        self.update_weight_version(version)
-        return WeightReceipt(version, self._ledger.checksum, self._ledger.bytes, time.perf_counter() - started)
+        version, checksum = self.update_weight_version(version)
+        return WeightReceipt(version, checksum, self.weights.ledger.bytes, time.perf_counter() - started)
 
     def served(self) -> tuple[int, str]:
-        """Return the version served and the checksum of its weights (empty for the weights the engine began with)."""
-        return self._version, self._ledger.checksum
+        """Return the version and the checksum of its weights (empty for the weights the engine began with)."""
+        return self.weights.served()
+
+    def transport(self) -> tuple[Backend, int]:
+        """Return how weights reach this engine, and into how many worker processes."""
+        return self.backend, self.spec.role.tensor_parallel
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect to the trainer."""
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def shutdown_weight_transfer_engine(self) -> None:
         """Disconnect from the trainer."""
-        self._llm.shutdown_weight_transfer_engine()
+        self.llm.shutdown_weight_transfer_engine()
 
     def start_weight_update(self) -> None:
         """Stop serving and begin an update; an earlier one that its trainer abandoned is closed first."""
-        self._serving = False
-        if self._receiving:
-            self._llm.finish_weight_update()
-        self._ledger = Ledger()
-        self._llm.start_weight_update()
-        self._receiving = True
+        if self.weights.phase == "receiving":
+            self.llm.finish_weight_update()
+        self.weights.begin()
+        self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive some of the tensors; after a failure only a new update makes the engine serve again."""
         try:
-            self._llm.update_weights({"update_info": update_info})
+            self.llm.update_weights({"update_info": update_info})
         except BaseException:
-            self._receiving = False
+            self.weights.phase = "failed"
             raise
-        self._ledger.add(update_info)
+        self.weights.ledger.add(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Put the tensors in place and forget the keys and values of the old ones."""
-        self._llm.finish_weight_update()
-        self._receiving = False
-        if not self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise TrainingError("vLLM kept its prefix cache, whose keys belong to the old weights")
+        """Put the tensors in place and forget the keys and values that the old ones computed."""
+        self.llm.finish_weight_update()
+        self.weights.finish()
+        self._forget_prefixes()
         if weight_version is not None:
             self.update_weight_version(int(weight_version))
 
-    def update_weight_version(self, version: int) -> None:
-        """Serve again; from now on rollouts carry `version`.
+    def update_weight_version(self, version: int) -> tuple[int, str]:
+        """Serve again; from now on rollouts carry `version`. Return what `served` returns.
 
         Raises:
             TrainingError: the update was not finished.
         """
-        if self._receiving or not self._ledger.checksum:
-            raise TrainingError(f"version {version} was declared, but its weights have not arrived")
-        self._llm.update_weight_version(str(version))
-        self._version = version
-        self._serving = True
+        self.llm.update_weight_version(str(version))
+        return self.weights.declare(version)
 
     def _reload(self, folder: Path, announcement: dict[str, Any]) -> None:
         """Let each GPU worker read the folder itself."""
-        self._serving = False
-        self._ledger = Ledger()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._ledger.add(announcement)
+        self.weights.begin()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.weights.ledger.add(announcement)
+        self.weights.finish()
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            self.weights.phase = "failed"
+            raise TrainingError("vLLM kept its prefix cache, whose keys and values belong to the old weights")
+
+    def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            stop_token_ids=list(self.tokenizer.eos_ids),
+            logprobs=0,
+            detokenize=False,
+        )
 
     def _rollout(self, prompt: Prompt, seed: int, output: RequestOutput) -> Rollout:
         drawn = output.outputs[0]
@@ -200,24 +205,11 @@ class VllmEngine:
             prompt=prompt,
             tokens=tokens,
             logprobs=tuple(step[token].logprob for step, token in zip(drawn.logprobs, tokens, strict=True)),
-            text=self._llm.get_tokenizer().decode(tokens, skip_special_tokens=True),
+            text=self.tokenizer.decode(tokens),
             finish_reason=drawn.finish_reason,
-            policy_version=self._version,
+            policy_version=self.weights.version,
             seed=seed,
         )
-
-
-def _parameters(sampling: Sampling, seed: int) -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=seed,
-        logprobs=0,
-        detokenize=False,
-    )
 
 
 def _check(spec: RolloutSpec, on_cpu: bool) -> None:
@@ -239,7 +231,7 @@ def _check(spec: RolloutSpec, on_cpu: bool) -> None:
     if head_dim not in supported:
         raise RecipeError(
             f"vLLM on CPU cannot run {spec.checkpoint}: its attention heads have {head_dim} dimensions, supported are "
-            f"{', '.join(map(str, supported))}: use roles.rollout.engine transformers, or another model"
+            f"{', '.join(map(str, supported))}; use `roles.rollout.engine: transformers`, or another model"
         )
     if spec.role.tensor_parallel > 1:
-        raise RecipeError("roles.rollout.tensor_parallel above 1 needs GPUs: use replicas on CPU")
+        raise RecipeError("roles.rollout.tensor_parallel above 1 needs GPUs; on CPU raise roles.rollout.replicas")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer import (
     ParamMeta,
@@ -27,7 +25,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlhf.engines.shared_memory import BUCKET_BYTES, Bucket, Checksum, Weights, receive, send
-from rlhf.errors import RecipeError
 
 
 @dataclass
@@ -133,21 +130,6 @@ class ReplayedSource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._weights()
-
-
-def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a Hugging Face folder, one at a time, from its safetensors files.
-
-    Raises:
-        RecipeError: there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise RecipeError(f"{folder} holds no *.safetensors file: give a Hugging Face folder saved with safetensors")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
 
 
 WeightTransferEngineFactory.register_engine("shared_memory", SharedMemoryEngine)

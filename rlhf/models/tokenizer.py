@@ -99,7 +99,10 @@ class ChatTokenizer:
         ends = self.hf.convert_ids_to_tokens(list(self.eos_ids))
         end = max(turn.rfind(token) + len(token) if token in turn else 0 for token in ends)
         if not end:
-            raise DataError(f"the chat template closes the assistant's turn {turn!r} with none of {', '.join(ends)}")
+            raise DataError(
+                f"the chat template closes the assistant's turn {turn[-60:]!r} with none of {', '.join(ends)}; "
+                "set model.chat_template to one that does, or the model never learns to stop"
+            )
         return end
 
     def _encode(self, text: str) -> list[int]:
@@ -111,7 +114,8 @@ class ChatTokenizer:
         They are those of the whole text, unless a token would cross from one piece to the next.
         """
         encoded: list[list[int]] = []
-        text, ids = "", []
+        text = ""
+        ids: list[int] = []
         for piece in pieces:
             text += piece
             whole = self._encode(text)
@@ -145,7 +149,7 @@ def _rest(start: str, text: str) -> str:
     if not text.startswith(start):
         raise DataError(
             "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
-            f"sequence: {start[-60:]!r} is not kept; use single-turn data, or set model.chat_template"
+            f"sequence: {start[-60:]!r} is not kept; use single-turn data, or a template that keeps what it wrote"
         )
     return text[len(start) :]
 
@@ -165,7 +169,7 @@ def _closing_id(tokenizer: ChatTokenizer) -> int:
     try:
         ids, mask = tokenizer.conversation_ids(trial)
     except DataError as error:
-        raise RecipeError(f"{error}; set model.chat_template to a template that fits the tokenizer") from error
+        raise RecipeError(f"model.chat_template: a trial conversation fails: {error}") from error
     return [token for token, spoken in zip(ids, mask, strict=True) if spoken][-1]
 
 

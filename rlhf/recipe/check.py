@@ -126,6 +126,10 @@ def _roles(recipe: Recipe) -> Iterator[Finding]:
         gpus = getattr(recipe.roles, name).gpus
         if gpus > 1 and gpus != int(gpus):
             yield ("roles", name, "gpus"), f"must be whole above 1, got {gpus:g}"
+    rollout = recipe.roles.rollout
+    if rollout.gpus and rollout.tensor_parallel > 1 and rollout.gpus != rollout.tensor_parallel:
+        needed = f"tensor_parallel: {rollout.tensor_parallel} needs gpus: {rollout.tensor_parallel} for each replica"
+        yield ("roles", "rollout", "gpus"), f"{needed}, got {rollout.gpus:g}"
     if recipe.roles.reference.share == "policy":
         for stage in recipe.stages:
             if isinstance(stage, PpoStage) and (stage.lora or recipe.lora) == "full":

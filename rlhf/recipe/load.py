@@ -49,7 +49,7 @@ def resolved_yaml(recipe: Recipe) -> str:
     """Return the recipe with every default written out; loading that text gives an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
     out = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json"), out)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rlhf.recipe.base import Lora
+from rlhf.recipe.schema import RolloutRole
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -48,15 +50,15 @@ class Memory:
         return self.weights + self.optimizer + self.activations + self.kv_cache
 
 
-def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape:
+def read_shape(folder: Path) -> ModelShape:
     """Build the model of a Hugging Face folder on the meta device (no memory) and measure it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -78,53 +80,69 @@ def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape:
     )
 
 
-def model_parameters(shape: ModelShape, *, scalar: bool) -> int:
-    """Return the parameters of a language model, or of the same body with a scalar head (no bias)."""
-    return shape.parameters - shape.lm_head + shape.hidden if scalar else shape.parameters
+@dataclass(frozen=True)
+class Model:
+    """A copy of the model in some role: `scalar` puts a score head in place of the language-model head.
+
+    `trained` False freezes it; otherwise `lora` None trains every weight, and adapters train with the score head.
+    """
+
+    shape: ModelShape
+    dtype: Literal["bfloat16", "float32"]
+    scalar: bool
+    trained: bool
+    lora: Lora | None
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, adapters included."""
+        body = self.shape.parameters - self.shape.lm_head + self.shape.hidden if self.scalar else self.shape.parameters
+        return body + (self.shape.lora_parameters(self.lora) if self.trained and self.lora else 0)
+
+    @property
+    def trainable(self) -> int:
+        """The parameters that the optimizer changes."""
+        if not self.trained:
+            return 0
+        if self.lora is None:
+            return self.parameters
+        return self.shape.lora_parameters(self.lora) + (self.shape.hidden if self.scalar else 0)
+
+    def memory(self, tokens: int) -> Memory:
+        """Estimate one process that passes micro-batches of `tokens` tokens through the model.
+
+        Covered: the weights; for each trainable parameter its gradient, the fp32 master copy and accumulated
+        gradient, and two fp32 Adam moments; the activations of one micro-batch (kept in all layers when training,
+        in one when scoring) with fp32 logits of every token. Not covered: allocator slack, communication
+        buffers, and the libraries themselves (about 1 GB of main memory a process).
+        """
+        size = BYTES[self.dtype]
+        shape = self.shape
+        per_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate
+        layers = shape.layers if self.trained else 1
+        logits = 0 if self.scalar else 4 * shape.vocabulary * (2 if self.trained else 1)
+        return Memory(
+            weights=self.parameters * size,
+            optimizer=self.trainable * (size + 16),
+            activations=tokens * (layers * per_layer * size + logits),
+            kv_cache=0,
+        )
 
 
-def trainable_parameters(shape: ModelShape, lora: Lora | None, *, scalar: bool) -> int:
-    """Return the parameters that are trained: all of them, or the adapters (and the scalar head)."""
-    if lora is None:
-        return model_parameters(shape, scalar=scalar)
-    return shape.lora_parameters(lora) + (shape.hidden if scalar else 0)
+def engine_memory(shape: ModelShape, dtype: Literal["bfloat16", "float32"], role: RolloutRole, length: int) -> Memory:
+    """Estimate one rollout replica: weights, fp32 logits of one token per sequence, and the KV cache.
 
-
-def learner_memory(shape: ModelShape, dtype: str, trainable: int, tokens: int, *, lora: bool, scalar: bool) -> Memory:
-    """Estimate one process that trains (`trainable` > 0) or scores a model.
-
-    Covered: the weights (adapters included when `lora`); for the trained parameters a gradient, two Adam
-    moments in fp32 and, in bfloat16, an fp32 master copy; the activations of one micro-batch of `tokens` tokens
-    kept for the backward pass (all layers when training, one when scoring) with fp32 logits of every token.
-    Not covered: allocator slack, the libraries themselves (about 1 GB), communication buffers.
+    vLLM on CPU reserves `kv_cache_gib`. Else the figure is what `max_sequences` sequences of `length` tokens
+    need; vLLM on a GPU takes `gpu_memory_utilization` of the device and fills it with as many as fit.
     """
     size = BYTES[dtype]
-    added = trainable if lora else 0
-    master = 4 if dtype == "bfloat16" else 0
-    per_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate
-    layers = shape.layers if trainable else 1
-    logits = 0 if scalar else 4 * shape.vocabulary * (2 if trainable else 1)
-    return Memory(
-        weights=(model_parameters(shape, scalar=scalar) + added) * size,
-        optimizer=trainable * (size + 8 + master),
-        activations=tokens * (layers * per_layer * size + logits),
-        kv_cache=0,
-    )
-
-
-def engine_memory(shape: ModelShape, dtype: str, sequences: int, length: int, kv_cache_gib: int | None) -> Memory:
-    """Estimate one rollout replica: weights, and keys and values of `sequences` full-length sequences.
-
-    `kv_cache_gib` is the fixed cache of vLLM on CPU; on a GPU (None) vLLM takes `gpu_memory_utilization` of the
-    device and the figure says what of it the sequences need.
-    """
-    size = BYTES[dtype]
-    needed = sequences * length * shape.layers * 2 * shape.kv_width * size
+    fixed = role.engine == "vllm" and not role.gpus
+    needed = role.max_sequences * length * shape.layers * 2 * shape.kv_width * size
     return Memory(
         weights=shape.parameters * size,
         optimizer=0,
-        activations=sequences * shape.vocabulary * 4,
-        kv_cache=needed if kv_cache_gib is None else kv_cache_gib << 30,
+        activations=role.max_sequences * shape.vocabulary * 4,
+        kv_cache=role.kv_cache_gib << 30 if fixed else needed,
     )
 
 

@@ -150,8 +150,7 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
     loc, context = place.loc, error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            known = place.owner.model_fields if isinstance(place.owner, type) else ()
-            return Problem(loc, "unknown key" + near(str(loc[-1]), known), "key")
+            return Problem(loc, "unknown key" + near(str(loc[-1]), place.owner.model_fields), "key")
         case "missing":
             return Problem(loc, "required but missing", "absence")
         case "union_tag_not_found":

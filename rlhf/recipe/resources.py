@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 from rlhf.errors import ResourceError
 from rlhf.recipe.base import Lora, ModelJudge
@@ -24,7 +24,8 @@ class Resources:
     memory_bytes: int
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """What a role asks for: `gpus` and `cpus` of each of its `count` processes."""
 
     gpus: float
@@ -47,40 +48,38 @@ def adapters(recipe: Recipe, chosen: Lora | Literal["full"] | None) -> Lora | No
 
 
 def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
-    """Return the roles that a stage starts. A rollout replica takes `gpus` for each tensor-parallel rank."""
+    """Return the roles that a stage uses; each replica of the rollout engine is one process.
+
+    dpo needs no reference: its logprobs are computed by the policy before the first step. compare scores one
+    candidate after the other, and the baseline, in the policy's process.
+    """
     found: dict[RoleName, Wanted] = {}
     for name in _roles(recipe, stage):
         role = getattr(recipe.roles, name)
-        found[name] = Wanted(role.gpus, role.cpus, 1)
-        if name == "rollout":
-            found[name] = Wanted(role.gpus * role.tensor_parallel, role.cpus, role.replicas)
+        found[name] = Wanted(role.gpus, role.cpus, recipe.roles.rollout.replicas if name == "rollout" else 1)
     return found
 
 
 def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
-    separate = recipe.roles.reference.share is None
-    reference: tuple[RoleName, ...] = ("reference",)
     match stage:
-        case SftStage():
+        case SftStage() | DpoStage():
             return ("policy",)
         case RewardStage():
             return ("reward",)
         case AnnotateStage():
             return (*_reward(stage.judge), "rollout")
         case PpoStage():
-            return ("policy", *(reference if separate else ()), *_reward(stage.reward), "critic", "rollout")
-        case DpoStage():
-            own_base = adapters(recipe, stage.lora) is not None
-            return ("policy", *(reference if separate and not own_base else ()))
+            reference: tuple[RoleName, ...] = () if recipe.roles.reference.share else ("reference",)
+            return ("policy", *reference, *_reward(stage.reward), "critic", "rollout")
         case CompareStage():
-            return ("policy", "reference", *_reward(stage.gold, stage.reward), "rollout")
+            return ("policy", *_reward(stage.gold, stage.reward), "rollout")
 
 
 def _reward(*judges: object) -> tuple[RoleName, ...]:
     return ("reward",) if any(isinstance(judge, ModelJudge) for judge in judges) else ()
 
 
-def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
+def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[str, int]:
     """Return the CPU threads of each role of a stage.
 
     Processes busy at the same time must not want more threads than there are cores, since spinning OpenMP
@@ -92,27 +91,35 @@ def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
     return {name: half if together and name != "rollout" else max(1, cores) for name in wanted(recipe, stage)}
 
 
+def processes(recipe: Recipe) -> dict[RoleName, Wanted]:
+    """Return the roles of the whole run: a process starts once and stays for all stages that use its role."""
+    used = {name: role for stage in recipe.stages for name, role in wanted(recipe, stage).items()}
+    return {name: used[name] for name in get_args(RoleName) if name in used}
+
+
 def check_fits(recipe: Recipe, resources: Resources) -> None:
-    """Raise ResourceError for the first stage that wants more than there is.
+    """Raise ResourceError when the roles of the run want more than there is.
 
-    On one's own machine CPUs are logical slots and not counted; with backend `local` roles take turns in one
-    process, so the largest counts and not the sum.
+    On one's own machine CPUs are logical slots and not counted. With backend `local` roles take turns in one
+    process, so the largest role counts and not the sum.
     """
-    for stage in recipe.stages:
-        roles = wanted(recipe, stage)
-        gpus = {name: role.gpus * role.count for name, role in roles.items() if role.gpus}
-        total = sum(gpus.values()) if recipe.backend == "ray" else max(gpus.values(), default=0)
-        _compare(stage, "GPUs", gpus, total, resources.gpus)
-        if recipe.backend == "ray" and recipe.ray.address is not None:
-            cpus = {name: role.cpus * role.count for name, role in roles.items() if role.cpus}
-            _compare(stage, "CPUs", cpus, sum(cpus.values()), resources.cpus)
+    roles = processes(recipe)
+    gpus = {name: role.gpus * role.count for name, role in roles.items() if role.gpus}
+    total = sum(gpus.values()) if recipe.backend == "ray" else max(gpus.values(), default=0)
+    _compare(recipe, "gpus", gpus, total, resources.gpus)
+    if recipe.backend == "ray" and recipe.ray.address is not None:
+        cpus = {name: role.cpus * role.count for name, role in roles.items() if role.cpus}
+        _compare(recipe, "cpus", cpus, sum(cpus.values()), resources.cpus)
 
 
-def _compare(stage: Stage, unit: str, parts: Mapping[RoleName, float], total: float, available: float) -> None:
+def _compare(recipe: Recipe, unit: str, parts: Mapping[RoleName, float], total: float, available: float) -> None:
     if total <= available:
         return
-    listed = ", ".join(f"{name} {amount:g}" for name, amount in parts.items())
+    listed = []
+    for name, amount in parts.items():
+        stages = [stage.name for stage in recipe.stages if name in wanted(recipe, stage)]
+        listed.append(f"{name} {amount:g} (for {', '.join(stages)})")
     raise ResourceError(
-        f"stage {stage.name!r} wants {total:g} {unit} ({listed}), {available:g} available; "
-        f"lower roles.*.{unit[:-1].lower()}s in the recipe or use a larger cluster"
+        f"the recipe wants {total:g} {unit}: {', '.join(listed)}; {available:g} available. "
+        f"Lower roles.*.{unit}, share roles, or use a larger machine or cluster"
     )

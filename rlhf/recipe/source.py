@@ -93,7 +93,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
     if raw is None:
-        raise RecipeError(f"{path}: larger than {MAX_BYTES // 1024} KiB; recipes name data files, they do not hold data")
+        raise RecipeError(
+            f"{path}: larger than {MAX_BYTES // 1024} KiB; recipes name data files, they do not hold data"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -151,10 +151,10 @@ def _turned(name: str, curve: Curve) -> Iterator[str]:
 
 def _chosen(name: str, curve: Curve) -> Iterator[str]:
     """Rafailov et al. 2024 (2404.12358): DPO may lower the likelihood of both responses, the rejected one more."""
-    chosen, rejected = _windows(curve, "chosen_rewards"), _windows(curve, "rejected_rewards")
+    chosen, rejected = _windows(curve, "chosen_reward"), _windows(curve, "rejected_reward")
     unit = "implicit reward (beta times the log-ratio to the reference)"
     if not chosen:
-        chosen, rejected, unit = _windows(curve, "chosen_logprobs"), _windows(curve, "rejected_logprobs"), "logprob"
+        chosen, rejected, unit = _windows(curve, "chosen_logprob"), _windows(curve, "rejected_logprob"), "logprob"
     if chosen and chosen[0].above(chosen[-1]):
         also = (
             f" (rejected: {show(rejected[0].mean)} to {show(rejected[-1].mean)}; a falling pair is common in DPO)"

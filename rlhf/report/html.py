@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from rlhf.report.curves import Curve
 from rlhf.report.figures import Plot, colour, curve_plots, frontier_plots
 from rlhf.report.frontier import diagnose
-from rlhf.report.results import METRICS, CandidateSamples, Comparison, PairedDifference, Sample, show
+from rlhf.report.results import FEWEST_PROMPTS, METRICS, CandidateSamples, Comparison, PairedDifference, Sample, show
 from rlhf.report.table import percent, verdict
 from rlhf.report.untrusted import visible
 
@@ -64,7 +65,7 @@ def write_html(
     """Write the whole report to `path`; `facts` (name -> value) are listed under how it was measured."""
     scripts = [get_plotlyjs(), files("rlhf.report").joinpath("report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(show=show, visible=visible)
+    environment.filters.update(show=show, signed=partial(show, sign=True), visible=visible)
     template = environment.from_string(files("rlhf.report").joinpath("template.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         policy=_content_policy(scripts),
@@ -72,7 +73,7 @@ def write_html(
         comparison=comparison,
         ranked=sorted(comparison.candidates, key=lambda item: -item.gold),
         verdict=verdict(comparison),
-        findings=[finding.partition(" Try: ") for finding in diagnose(comparison, curves)],
+        findings=[_parts(finding) for finding in diagnose(comparison, curves)],
         pairs=_pairs(comparison),
         frontier=frontier_plots(comparison, curves),
         stages=[_stage(comparison, name, curve) for name, curve in curves.items()],
@@ -81,6 +82,7 @@ def write_html(
         facts=facts,
         tints={item.name: colour(comparison, item.name) for item in comparison.candidates},
         percent=percent,
+        fewest=FEWEST_PROMPTS,
     )
     path.write_text(page, encoding="utf-8")
 
@@ -93,6 +95,13 @@ def _content_policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _parts(finding: str) -> tuple[str, str, str]:
+    """Split a finding into its subject, what is claimed of it (maybe nothing) and the advice."""
+    what, _, advice = finding.partition(" Try: ")
+    subject, _, claim = what.partition(": ")
+    return subject, claim, advice
 
 
 def _stage(comparison: Comparison, name: str, curve: Curve) -> StagePlots:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Metric = Literal["gold", "reward", "kl", "length"]
 METRICS: tuple[Metric, ...] = ("gold", "reward", "kl", "length")
@@ -78,7 +76,7 @@ class CandidateResult:
     """What was measured of one candidate. All means weigh every prompt the same.
 
     `length` is in tokens, `win_rate` against the baseline by gold (a tie is half a win), `truncated` the share
-    of responses cut at the token limit, `distinct` the share of responses that are not a repeat of another.
+    of responses cut at the token limit, `distinct` the number of different responses over all responses.
     """
 
     name: str
@@ -153,25 +151,8 @@ def show(value: float, sign: bool = False) -> str:
     """Write a number with as many decimals as its size deserves: 0.70, 12.3, 456; `sign` writes a plus too."""
     if not math.isfinite(value):
         return "unknown"
-    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.01 else 3
     rounded = round(value, decimals)
     if rounded == 0:
         return "0.00"
     return f"{rounded:{'+' if sign else ''}.{decimals}f}"
-
-
-def write_json(path: Path, comparison: Comparison) -> None:
-    """Write the comparison for programs; an interval is `[low, high]`, null where it is unbounded."""
-    path.write_text(json.dumps(_plain(comparison), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return [_plain(value.low), _plain(value.high)]
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, (Comparison, CandidateResult, PairedDifference)):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    return value

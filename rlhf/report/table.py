@@ -40,19 +40,20 @@ def verdict(comparison: Comparison) -> str:
     """Say in a sentence who wins by gold: only one whose paired interval over every other excludes zero."""
     ranked = sorted(comparison.candidates, key=lambda item: -item.gold)
     best, others = ranked[0], ranked[1:]
-    lead = f"{best.name}, gold reward {show(best.gold)} {best.gold_ci}"
+    lead = f"{best.name} with gold reward {show(best.gold)} {best.gold_ci}"
     if not others:
-        return f"Nothing to compare {lead} with."
+        return f"No winner: there is nothing to compare {lead} with."
     if comparison.prompts < FEWEST_PROMPTS:
-        return f"No clear winner: {comparison.prompts} prompt(s) are too few to tell; highest is {lead}."
+        return f"No clear winner: {comparison.prompts} prompt(s) are too few to tell. Highest is {lead}."
     gaps = [comparison.difference(best.name, item.name, "gold") for item in others]
     scale = f"{comparison.level:.0%} paired bootstrap over {comparison.prompts} prompts"
     if all(gap.clear for gap in gaps):
-        return f"{lead}, wins: " + ", ".join(f"{gap} over {gap.baseline}" for gap in gaps) + f" ({scale})."
+        leads = " and ".join(f"{gap} over {gap.baseline}" for gap in gaps)
+        return f"{best.name} wins by gold reward, {show(best.gold)} {best.gold_ci}: {leads} ({scale})."
     open_gaps = ", ".join(f"{gap} over {gap.baseline}" for gap in gaps if not gap.clear)
     settled = [gap.baseline for gap in gaps if gap.clear]
     beaten = f" It does beat {' and '.join(settled)}." if settled else ""
-    return f"No clear winner: highest is {lead}, but its lead may be chance, {open_gaps} ({scale}).{beaten}"
+    return f"No clear winner. Highest is {lead}, but its lead may be chance: {open_gaps} ({scale}).{beaten}"
 
 
 def percent(value: float, interval: Interval) -> str:

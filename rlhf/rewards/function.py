@@ -60,7 +60,7 @@ class FunctionReward:
         try:
             value = self.function(prompt.text, response, prompt.metadata)
         except Exception as error:
-            line = _line_in(self.file, error) or self._line()
+            line = _line_in(Path(self.file), error) or self._line()
             raise self._failure(line, f"raised {_describe(error)}", prompt) from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise self._failure(self._line(), f"returned {value!r:.80}, not a finite number", prompt)
@@ -86,15 +86,15 @@ def _import(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        own_syntax = isinstance(error, SyntaxError) and error.filename == str(resolved)
-        line = error.lineno if own_syntax else _line_in(str(file), error)
-        raise RecipeError(f"{file}:{line or 1}: cannot be imported: {_describe(error)}") from error
+        raise RecipeError(f"{file}:{_line_in(file, error) or 1}: cannot be imported: {_describe(error)}") from error
     return module
 
 
-def _line_in(file: str, error: Exception) -> int | None:
-    """Return the innermost line of `file` that the error passed through."""
-    resolved = Path(file).resolve()
+def _line_in(file: Path, error: Exception) -> int | None:
+    """Return the innermost line of `file` that the error passed through, or that cannot be parsed."""
+    resolved = file.resolve()
+    if isinstance(error, SyntaxError) and error.filename == str(resolved):
+        return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == resolved]
     return lines[-1] if lines else None
 

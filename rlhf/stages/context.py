@@ -10,6 +10,7 @@ from typing import Literal
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.recipe.base import FunctionJudge, Judge, Lora, Optimizer
+from rlhf.recipe.resources import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage
 from rlhf.rewards.function import FunctionReward
@@ -29,7 +30,7 @@ class StageContext:
     outputs: Mapping[str, Path]
     launcher: Launcher
     tracker: Tracker
-    threads: Mapping[str, int]
+    threads: Mapping[RoleName, int]
     max_length: int
 
     def seed(self, *parts: str | int) -> int:
@@ -46,7 +47,7 @@ class StageContext:
 
     def trained(
         self,
-        role: str,
+        role: RoleName,
         kind: Literal["causal", "scalar"],
         checkpoint: str,
         optimizer: Optimizer,
@@ -71,7 +72,7 @@ class StageContext:
         )
 
     def frozen(
-        self, role: str, kind: Literal["causal", "scalar"], checkpoint: str, temperature: float = 1.0
+        self, role: RoleName, kind: Literal["causal", "scalar"], checkpoint: str, temperature: float = 1.0
     ) -> LearnerSpec:
         """Describe a model that this stage only asks."""
         return LearnerSpec(

@@ -39,13 +39,10 @@ def collect(roles: Roles, rollouts: Sequence[Rollout], pad_id: int, stage: PpoSt
     """
     batch = collate_rollouts(rollouts, pad_id)
     mask = batch.response_mask
-    waiting = (
-        roles.policy.logprobs(batch),
-        roles.reference.logprobs(batch),
-        roles.reward.score(rollouts),
-        roles.critic.values(batch),
-    )
-    old, ref, raw_scores, values = (pending.result() for pending in waiting)
+    old_pending, ref_pending = roles.policy.logprobs(batch), roles.reference.logprobs(batch)
+    score_pending, value_pending = roles.reward.score(rollouts), roles.critic.values(batch)
+    old, ref = old_pending.result(), ref_pending.result()
+    raw_scores, values = score_pending.result(), value_pending.result()
     kl = kl_estimate(old.logprobs, ref.logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
     unfinished = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
     scores = (raw_scores - stage.missing_eos_penalty * unfinished).clamp(-stage.score_clip, stage.score_clip)

@@ -1,6 +1,7 @@
 """Properties of the order of training."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 
@@ -11,7 +12,7 @@ from rlhf.errors import DataError
 def test_each_epoch_sees_every_row_once_in_an_order_of_its_own():
     made = list(batches(rows=10, batch_size=4, epochs=3, seed=5))
     assert [len(batch) for batch in made] == [4, 4, 2] * 3
-    epochs = [sum(made[start : start + 3], []) for start in (0, 3, 6)]
+    epochs = [list(chain.from_iterable(made[start : start + 3])) for start in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
@@ -20,7 +21,11 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert list(batches(10, 4, 2, seed=5)) == list(batches(10, 4, 2, seed=5))
     assert list(batches(10, 4, 2, seed=5)) == list(batches(10, 4, 3, seed=5))[:6]
     assert list(batches(10, 4, 2, seed=5)) != list(batches(10, 4, 2, seed=6))
-    assert sum(batches(10, 3, 1, seed=5), []) == sum(batches(10, 7, 1, seed=5), []) == permutation(10, 5, 0)
+    assert (
+        list(chain.from_iterable(batches(10, 3, 1, seed=5)))
+        == list(chain.from_iterable(batches(10, 7, 1, seed=5)))
+        == permutation(10, 5, 0)
+    )
 
 
 def test_every_position_is_reached_by_every_row():
@@ -38,7 +43,7 @@ def test_rl_steps_walk_through_an_epoch_without_repeats():
     per_epoch = 3
     walked = [prompt_batch(rows=10, size=3, step=step, seed=1) for step in range(4 * per_epoch)]
     for start in range(0, len(walked), per_epoch):
-        epoch = sum(walked[start : start + per_epoch], [])
+        epoch = list(chain.from_iterable(walked[start : start + per_epoch]))
         assert len(set(epoch)) == 9
     assert all(len(set(batch)) == 3 for batch in walked)
     assert walked[0] + walked[1] + walked[2] != walked[3] + walked[4] + walked[5]

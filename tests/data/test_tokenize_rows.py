@@ -51,3 +51,13 @@ def test_both_sides_of_a_pair_share_the_prompt():
     with pytest.raises(DataError) as error:
         preference_sequences(rows, ByteTokenizer(), 7)
     assert str(error.value) == "d.jsonl:1: prompt + rejected has 8 tokens, the limit is 7 (max_length)"
+
+
+def test_what_the_tokenizer_refuses_is_named_by_its_row():
+    class Strict(ByteTokenizer):
+        def conversation_ids(self, messages):
+            raise DataError("the chat template refuses a conversation of roles user, user")
+
+    with pytest.raises(DataError) as error:
+        conversation_sequences([Conversation((USER_HI, USER_HI), "c.jsonl:9")], Strict(), 10)
+    assert str(error.value) == "c.jsonl:9: the chat template refuses a conversation of roles user, user"

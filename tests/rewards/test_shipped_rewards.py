@@ -38,9 +38,9 @@ def test_the_aspect_is_a_word_in_any_case():
 
 
 def test_repetition_counts_longer_words_and_bigrams_that_came_before():
-    # longer words: lamp size lamp size, 2 of 4 repeated; bigrams: 1 of 5 repeated (lamp size)
-    assert repetition("the lamp size the lamp size".split()) == pytest.approx(2 / 4 + 2 / 5)
-    assert repetition("the cat and the dog".split()) == 0.0
+    # longer words: lamp size lamp size, 2 of 4 repeated; bigrams: the-lamp and lamp-size, 2 of 5
+    assert repetition(["the", "lamp", "size", "the", "lamp", "size"]) == pytest.approx(2 / 4 + 2 / 5)
+    assert repetition(["the", "cat", "and", "the", "dog"]) == 0.0
     assert repetition(["lamp"]) == repetition([]) == 0.0
     # valence 0; 3 of 4 longer words and 2 of 3 bigrams came before
     assert judge("", "size size size size", SIZE) == pytest.approx(-(3 / 4 + 2 / 3))

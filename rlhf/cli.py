@@ -1,0 +1,130 @@
+"""The `rlhf` command. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rlhf import __version__
+from rlhf.errors import RlhfError
+
+if TYPE_CHECKING:
+    from rlhf.recipe.load import LoadedRecipe
+
+MAX_LINES = 6
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="rlhf")
+def main() -> None:
+    """Take a base language model through SFT, preference data, reward model, PPO and DPO, and say who won."""
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an RlhfError into `error: ...` and its exit code, an interrupt into 130; add `--debug` for the traceback."""
+
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapper(*, debug: bool, **arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except RlhfError as error:
+            if debug:
+                traceback.print_exc()
+            lines = str(error).splitlines() or [type(error).__name__]
+            click.echo("error: " + "\n".join(lines[:MAX_LINES]), err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+    return wrapper
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments RECIPE and `--set`, and pass the loaded recipe on."""
+
+    @click.argument("recipe", type=click.Path(path_type=Path))
+    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: stages.ppo.steps=3")
+    @reports_errors
+    @functools.wraps(command)
+    def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
+        from rlhf.recipe.load import load_recipe
+
+        command(load_recipe(recipe, overrides), **arguments)
+
+    return wrapper
+
+
+@main.command()
+@takes_recipe
+@click.option("--local", is_flag=True, help="Run every role in this process, without Ray.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="The run folder.")
+def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
+    """Run the stages of RECIPE; stages that are done and unchanged are reused."""
+    from dataclasses import replace
+
+    from rlhf.recipe.resources import check_fits, local_resources
+    from rlhf.run import run_recipe
+
+    if local:
+        loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"backend": "local"}))
+    if loaded.recipe.backend == "local":
+        from rlhf.local import LocalLauncher
+
+        run_recipe(loaded, LocalLauncher, output)
+        return
+    if loaded.recipe.ray.address is None:
+        check_fits(loaded.recipe, local_resources())
+    from actors.launch import RayLauncher
+
+    run_recipe(loaded, RayLauncher, output)
+
+
+@main.command()
+@takes_recipe
+def validate(loaded: LoadedRecipe) -> None:
+    """Check RECIPE and the files it names, and start nothing."""
+    stages = " -> ".join(stage.name for stage in loaded.recipe.stages)
+    click.echo(f"OK {loaded.recipe.name}: {stages}")
+
+
+@main.command()
+@takes_recipe
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(loaded: LoadedRecipe, as_json: bool) -> None:
+    """Print what RECIPE will do: stages, roles, batches, memory; fail when it does not fit."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from rlhf.recipe.plan import make_plan, render_plan
+    from rlhf.recipe.resources import check_fits, local_resources
+
+    resources = local_resources()
+    made = make_plan(loaded, resources)
+    if as_json:
+        click.echo(json.dumps(asdict(made), indent=2))
+    else:
+        Console(highlight=False).print(render_plan(made))
+    if loaded.recipe.ray.address is None:
+        check_fits(loaded.recipe, resources)
+
+
+@main.command()
+@reports_errors
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    import json
+
+    from rlhf.recipe.schema import Recipe
+
+    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -1,0 +1,22 @@
+"""Environment variables that must be set before a library is imported; nothing is imported here."""
+
+from __future__ import annotations
+
+
+def vllm_environment(threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """Return the environment of a process that runs vLLM, to be set before torch and vllm are imported.
+
+    Engine inside the process (a synchronous LLM hangs when its engine process dies), threads not pinned to cores
+    that other roles use too, KV cache of a fixed size on CPU, no hub, no telemetry, errors only on the console.
+    """
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }

@@ -1,0 +1,111 @@
+"""How much work each stage is, from the recipe and the lines of its data files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, DpoStage, PpoStage, RewardStage, SftStage, Stage
+
+Schedule = Mapping[str, int]
+
+
+def schedule(recipe: Recipe, stage: Stage) -> Schedule:
+    """Return named counts: rows, optimizer steps, rollouts, the most tokens of one sequence.
+
+    A count that needs a file which is not local jsonl is left out. What an annotate stage will yield is not
+    known before it has run, so counts that hang on it are upper bounds and end in `_at_most`.
+    """
+    match stage:
+        case SftStage():
+            return _rows(stage.data) | _steps(stage, row_count(stage.data), "")
+        case RewardStage() | DpoStage():
+            if isinstance(stage.data, StageData):
+                pairs = _pairs(recipe, stage.data.stage)
+                known = {} if pairs is None else {"pairs_at_most": pairs}
+                return known | _steps(stage, pairs, "_at_most")
+            pairs = row_count(stage.data)
+            trained = None if pairs is None else pairs - round(pairs * stage.heldout_fraction)
+            return _rows(stage.data) | _steps(stage, trained, "")
+        case AnnotateStage():
+            prompts = row_count(stage.prompts)
+            return _rows(stage.prompts, "prompts") | _sampling(stage, prompts, stage.samples_per_prompt)
+        case PpoStage():
+            return _rows(stage.prompts, "prompts") | _ppo(stage)
+        case CompareStage():
+            prompts = row_count(stage.prompts)
+            samples = stage.samples_per_prompt * len(stage.candidates)
+            return _rows(stage.prompts, "prompts") | _sampling(stage, prompts, samples)
+
+
+def row_count(data: PathData | HubData) -> int | None:
+    """Return the rows a stage reads: the non-blank lines of a local jsonl file, at most `limit`; else None."""
+    if isinstance(data, HubData) or data.path.suffix.lower() != ".jsonl":
+        return None
+    with data.path.open("rb") as file:
+        rows = sum(bool(line.strip()) for line in file)
+    return rows if data.limit is None else min(rows, data.limit)
+
+
+def longest(recipe: Recipe) -> int:
+    """Return the most tokens, prompt and response, that the rollout engine sees in any stage; 0 without one."""
+    sampling = (stage for stage in recipe.stages if isinstance(stage, AnnotateStage | PpoStage | CompareStage))
+    return max((_tokens(stage) for stage in sampling), default=0)
+
+
+def microbatch_tokens(stage: Stage) -> int:
+    """Return the most tokens of one forward or backward pass; a row over the budget passes alone."""
+    match stage:
+        case SftStage():
+            row, rows = stage.max_length, stage.batch_size
+        case RewardStage() | DpoStage():
+            row, rows = 2 * stage.max_length, stage.batch_size
+        case PpoStage():
+            row, rows = _tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
+        case _:
+            return max(_tokens(stage), stage.max_tokens_per_microbatch)
+    return max(row, min(row * rows, stage.max_tokens_per_microbatch))
+
+
+def _tokens(stage: AnnotateStage | PpoStage | CompareStage) -> int:
+    return stage.max_prompt_tokens + stage.max_response_tokens
+
+
+def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:
+    rows = row_count(data)
+    return {} if rows is None else {name: rows}
+
+
+def _steps(stage: SftStage | RewardStage | DpoStage, rows: int | None, ending: str) -> dict[str, int]:
+    known = {} if rows is None else {f"optimizer_steps{ending}": stage.epochs * math.ceil(rows / stage.batch_size)}
+    return {**known, "batch_size": stage.batch_size, "max_tokens": stage.max_length}
+
+
+def _pairs(recipe: Recipe, name: str) -> int | None:
+    """Return the most pairs that the annotate stage can yield, held-out ones included."""
+    stage = next(stage for stage in recipe.stages if stage.name == name)
+    assert isinstance(stage, AnnotateStage)
+    prompts = row_count(stage.prompts)
+    each = 1 if stage.pairing == "best_worst" else math.comb(stage.samples_per_prompt, 2)
+    return None if prompts is None else prompts * each
+
+
+def _sampling(stage: AnnotateStage | CompareStage, prompts: int | None, samples: int) -> dict[str, int]:
+    known = {} if prompts is None else {"rollouts": prompts * samples}
+    return {**known, "max_tokens": _tokens(stage)}
+
+
+def _ppo(stage: PpoStage) -> dict[str, int]:
+    sequences = stage.prompts_per_step * stage.samples_per_prompt
+    minibatches = math.ceil(sequences / stage.minibatch_size)
+    return {
+        "steps": stage.steps,
+        "sequences_per_step": sequences,
+        "minibatches_per_epoch": minibatches,
+        "optimizer_steps_per_step": stage.epochs * minibatches,
+        "optimizer_steps": stage.steps * stage.epochs * minibatches,
+        "rollouts": stage.steps * sequences,
+        "max_tokens": _tokens(stage),
+    }
