@@ -124,13 +124,12 @@ def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
-    """Join the recipe's cluster, or start Ray on loopback with token authentication."""
+    """Join the recipe's cluster, or start Ray on loopback; token authentication is Ray's default for a new one."""
     if recipe.ray.address:
         ray.init(address=recipe.ray.address, log_to_driver=False, logging_level=logging.ERROR)
         if os.environ.get("RAY_AUTH_MODE") != "token":
             log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     slots = math.ceil(sum(bundle["CPU"] for bundle in bundles.values()))
     ray.init(

@@ -48,9 +48,8 @@ def publish(
     trainer = _connect(client, weights)
     trainer.send_weights()
     sent = client.ledger.checksum
-    _expect(client.served(), [checksum == sent for _, checksum in client.served()], f"weights with checksum {sent}")
-    acknowledged = client.update_weight_version(version)
-    _expect(acknowledged, [answer == (version, sent) for answer in acknowledged], f"version {version} of {sent}")
+    _check([checksum for _, checksum in client.served()], sent)
+    _check(client.update_weight_version(version), (version, sent))
     client.shutdown_weight_transfer_engine()
     trainer.shutdown()
     return WeightReceipt(version, sent, client.ledger.bytes, time.perf_counter() - started)
@@ -148,7 +147,7 @@ def _init_info(backend: str, world_size: int) -> TrainerInitInfo:
     return NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=world_size)
 
 
-def _expect(answers: list[tuple[int, str]], agrees: list[bool], sent: str) -> None:
-    for index, (answer, agreed) in enumerate(zip(answers, agrees, strict=True)):
-        if not agreed:
-            raise TrainingError(f"rollout-{index} acknowledged {answer}, but the policy sent {sent}")
+def _check(answers: list[T], expected: T) -> None:
+    for index, answer in enumerate(answers):
+        if answer != expected:
+            raise TrainingError(f"rollout-{index} acknowledged weights {answer}, but the policy sent {expected}")

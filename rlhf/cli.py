@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, package_name="rlhf")
+@click.version_option(__version__, prog_name="rlhf")
 def main() -> None:
     """Take a base language model through SFT, preference data, reward model, PPO and DPO, and say who won."""
 

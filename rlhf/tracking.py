@@ -51,13 +51,17 @@ class Tracker:
         """Show that a part of the stage with `total` steps begins."""
         self.display.stage(f"{self.stage} {label}".strip(), total)
 
+    def advance(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that a step (from 1) is finished, with nothing to record."""
+        self.step = step
+        self.display.step(step, metrics)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a finished step (from 1); non-finite values are written as null."""
-        self.step = step
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
         if self.wandb:
             self.wandb.log(self.stage, step, values)
-        self.display.step(step, values)
+        self.advance(step, values)

@@ -153,7 +153,7 @@ def _folder(size: int) -> str:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(name: str, dtype_name: str, shape: list[int]) -> bytes:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from rlhf.engines.base import B, Objective
 from rlhf.engines.microbatch import micro_batches
+from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
 from rlhf.recipe.base import Optimizer
 from rlhf.types import Metrics
-
-HEAD = "score."
 
 
 class TorchEngine:
@@ -31,25 +30,18 @@ class TorchEngine:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.masters = [p.detach().clone().float().requires_grad_() for p in self.parameters]
-        head = [m for (name, _), m in zip(named, self.masters, strict=True) if HEAD in name]
-        body = [m for (name, _), m in zip(named, self.masters, strict=True) if HEAD not in name]
-        rates = [(body, optimizer.learning_rate), (head, head_learning_rate or optimizer.learning_rate)]
-        groups = [{"params": masters, "lr": rate, "base_lr": rate} for masters, rate in rates if masters]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True
-        )
+        trained = [(name, master) for (name, _), master in zip(named, self.masters, strict=True)]
+        self.optimizer = build_adamw(trained, optimizer, head_learning_rate)
 
     def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it and is counted."""
         metrics = self._accumulate(batch, objective)
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
-        finite = math.isfinite(norm)
-        if finite:
+        if math.isfinite(norm):
             self._apply(lr_scale)
         for master in self.masters:
             master.grad = None
-        counts = Metrics.of(1, grad_norm=norm if finite else 0.0, skipped_steps=0.0 if finite else 1.0)
-        return metrics.merge(counts)
+        return metrics.merge(step_metrics(norm))
 
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)
@@ -72,8 +64,13 @@ class TorchEngine:
 
     @torch.no_grad()
     def _apply(self, lr_scale: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
+        scale_learning_rates(self.optimizer, lr_scale)
         self.optimizer.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
+
+
+def step_metrics(norm: float) -> Metrics:
+    """Return the metrics of a step by its global gradient norm before clipping; a step that is not finite is skipped."""
+    finite = math.isfinite(norm)
+    return Metrics.of(1, grad_norm=norm if finite else 0.0, skipped_steps=0.0 if finite else 1.0)

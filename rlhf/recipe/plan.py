@@ -122,9 +122,11 @@ def _role_table(plan: Plan) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="memory in GiB of each process, estimated")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="memory in GiB of each process, estimated"
+    )
     table.add_column("stage, role", no_wrap=True)
-    for column in ("number", "GPUs", "threads", "trained", "weights", "optim.", "activ.", "KV"):
+    for column in ("n", "GPUs", "threads", "trained", "weights", "optim.", "activ.", "KV"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in plan.stages:
         table.add_row(Text(_title(stage)))

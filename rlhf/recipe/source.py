@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +145,7 @@ class _Converter:
     def node(self, value: object, mark: Mark, key: Mark, depth: int) -> Node:
         self.seen += 1
         if self.seen > MAX_VALUES or depth > MAX_DEPTH:
-            raise RecipeError(f"{_place(key)}too many values: more than {MAX_VALUES}, or an alias that holds itself")
+            raise RecipeError(f"{_place(key)}with its aliases more than {MAX_VALUES} values or {MAX_DEPTH} levels")
         if isinstance(value, CommentedMap):
             return Node({str(k): self.entry(value, k, mark, depth) for k in value}, mark, key)
         if isinstance(value, list):
@@ -161,7 +160,9 @@ class _Converter:
         key, at = (self.mark_at(place[:2]), self.mark_at(place[2:])) if place else (mark, mark)
         if not isinstance(name, str):
             raise RecipeError(f"{_place(key)}keys must be text, got {name!r}")
-        return self.node(parent[name], at, key, depth + 1)
+        value = parent[name]
+        # ruamel places the missing value of `key:` at whatever comes next.
+        return self.node(value, key if value is None and at.line != key.line else at, key, depth + 1)
 
     def mark_at(self, place: Sequence[int]) -> Mark:
         return Mark(self.file, place[0] + 1, place[1] + 1)
@@ -181,7 +182,7 @@ def _scalar(value: object, mark: Mark) -> str | int | float | bool | None:
         return value
     if isinstance(value, ScalarBoolean):
         return bool(value)
-    if isinstance(value, float | int) and not (math.isfinite(value) and abs(value) < 2**63):
+    if isinstance(value, float | int) and not abs(value) < 2**63:
         raise RecipeError(f"{_place(mark)}numbers must be finite and below 2**63")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise RecipeError(f"{_place(mark)}half of a surrogate pair is no character")

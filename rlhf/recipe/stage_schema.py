@@ -100,6 +100,7 @@ class PpoStage(StageBase):
     score_clip: Positive = Field(5.0, description="scores are clipped to [-score_clip, score_clip]")
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted when a response has no end-of-sequence")
     importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
+    gold: Judge | None = Field(None, description="a judge that is only watched: its mean is logged at every step")
     max_kl: Positive = Field(100.0, description="guard: stop when the sequence KL to the reference exceeds this")
     agreement: Agreement = Agreement()
     save_every: PositiveInt | None = Field(None, description="write a policy checkpoint every so many steps")

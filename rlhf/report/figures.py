@@ -18,10 +18,33 @@ PLAIN = "#7d8694"
 
 # Shown first, in this order; what a stage logs beyond these comes after, by name.
 LEADING = (
-    "loss accuracy eval_loss eval_accuracy gold_accuracy reward gold kl entropy length margin chosen_reward "
-    "rejected_reward chosen_logprob rejected_logprob unfinished policy_loss value_loss explained_variance approx_kl "
-    "clip_fraction agreement kl_penalty grad_norm learning_rate tokens_per_second"
-).split()
+    "loss",
+    "accuracy",
+    "eval_loss",
+    "eval_accuracy",
+    "gold_accuracy",
+    "reward",
+    "gold",
+    "kl",
+    "entropy",
+    "length",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logprob",
+    "rejected_logprob",
+    "unfinished",
+    "policy_loss",
+    "value_loss",
+    "explained_variance",
+    "approx_kl",
+    "clip_fraction",
+    "agreement",
+    "kl_penalty",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+)
 MOST_POINTS = 800
 
 

@@ -8,7 +8,7 @@ removes the spread between easy and hard prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -111,25 +111,18 @@ def compare(
     """
     prompt_ids = _checked(candidates, baseline)
     columns = {item.name: _columns(item) for item in candidates}
-    base_gold = columns[baseline]["gold"]
+    wins = [
+        win_rate(columns[item.name]["gold"], columns[baseline]["gold"], prompt_ids, seed, resamples, tie_margin, level)
+        for item in candidates
+    ]
     results = []
-    for item in candidates:
-        mine = columns[item.name]
-        means = {metric: by_prompt(mine[metric], prompt_ids) for metric in METRICS}
-        intervals = {f"{metric}_ci": mean_interval(means[metric], seed, resamples, level) for metric in METRICS}
-        wins = win_rate(mine["gold"], base_gold, prompt_ids, seed, resamples, tie_margin, level)
-        results.append(
-            CandidateResult(
-                name=item.name,
-                kind=item.kind,
-                **{metric: float(means[metric].mean()) for metric in METRICS},
-                **intervals,
-                win_rate=wins.value,
-                win_rate_ci=wins.ci,
-                truncated=sum(sample.finish_reason == "length" for sample in item.samples) / len(item.samples),
-                distinct=len({sample.response for sample in item.samples}) / len(item.samples),
-            )
-        )
+    for item, won in zip(candidates, wins, strict=True):
+        means = {metric: by_prompt(columns[item.name][metric], prompt_ids) for metric in METRICS}
+        found = {
+            metric: Estimate(float(values.mean()), mean_interval(values, seed, resamples, level), len(values))
+            for metric, values in means.items()
+        }
+        results.append(_result(item, found, won))
     differences = []
     for name, other in _pairs([item.name for item in candidates], baseline):
         for metric in METRICS:
@@ -145,6 +138,25 @@ def compare(
         bootstrap_samples=resamples,
         level=level,
         tie_margin=tie_margin,
+    )
+
+
+def _result(item: CandidateSamples, found: Mapping[Metric, Estimate], won: Estimate) -> CandidateResult:
+    return CandidateResult(
+        name=item.name,
+        kind=item.kind,
+        gold=found["gold"].value,
+        gold_ci=found["gold"].ci,
+        reward=found["reward"].value,
+        reward_ci=found["reward"].ci,
+        kl=found["kl"].value,
+        kl_ci=found["kl"].ci,
+        length=found["length"].value,
+        length_ci=found["length"].ci,
+        win_rate=won.value,
+        win_rate_ci=won.ci,
+        truncated=sum(sample.finish_reason == "length" for sample in item.samples) / len(item.samples),
+        distinct=len({sample.response for sample in item.samples}) / len(item.samples),
     )
 
 

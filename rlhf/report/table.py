@@ -18,7 +18,9 @@ def comparison_table(comparison: Comparison) -> Table:
     level = f"{comparison.level:.0%}"
     table = Table(
         title="Comparison by gold reward",
-        caption=f"{comparison.prompts} prompts, {level} bootstrap intervals; win rate against {comparison.baseline}",
+        caption=Text(
+            f"{comparison.prompts} prompts, {level} bootstrap intervals; win rate against {comparison.baseline}"
+        ),
     )
     table.add_column("candidate")
     for heading in ("gold reward", "reward model", "KL to reference", "tokens", "win rate"):

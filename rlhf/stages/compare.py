@@ -39,7 +39,7 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     drawn: dict[str, tuple[list[Rollout], Tensor]] = {}
     for index, name in enumerate(stage.candidates):
         drawn[name] = _draw(name, prompts, stage, context, tokenizer.pad_id)
-        context.tracker.log(index + 1, {"length": _mean_length(drawn[name][0])})
+        context.tracker.advance(index + 1, {"length": _mean_length(drawn[name][0])})
     kl = _sequence_kl(drawn, stage, context, tokenizer.pad_id)
     gold, proxy = context.judge(stage.gold, tokenizer.pad_id), context.judge(stage.reward, tokenizer.pad_id)
     candidates = []

@@ -27,6 +27,7 @@ def run(stage: PpoStage, context: StageContext) -> Summary:
     tokenizer = context.tokenizer(stage.policy)
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
     roles = start_roles(stage, context, tokenizer)
+    watched = context.judge(stage.gold, tokenizer.pad_id) if stage.gold else None
     receipt = roles.policy.publish(roles.rollout, 0).result()
     context.tracker.begin("", stage.steps)
     for step in range(stage.steps):
@@ -37,6 +38,9 @@ def run(stage: PpoStage, context: StageContext) -> Summary:
         experience, metrics = collect(roles, rollouts, tokenizer.pad_id, stage)
         check_step(metrics, step, stage)
         clock.lap("score")
+        if watched:
+            golds = watched.score(rollouts).result()
+            metrics = metrics.merge(Metrics.of(len(golds), gold=golds.sum()))
         metrics = metrics.merge(learn(roles, experience, step, stage, context))
         clock.lap("learn")
         receipt = roles.policy.publish(roles.rollout, step + 1).result()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.errors import RecipeError
 from rlhf.models.cache import build_once, default_cache
@@ -137,7 +137,7 @@ def test_concurrent_runs_build_once(tmp_path: Path) -> None:
     assert len(builds) == 1
 
 
-def write_gguf(file: Path, model: torch.nn.Module, folder: Path) -> None:
+def write_gguf(file: Path, model: PreTrainedModel, folder: Path) -> None:
     """Write the tiny Llama as float32 GGUF: an oracle for the import, from the format's side."""
     config = model.config
     writer = GGUFWriter(file, "llama")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rlhf.recipe.base import Lora
 TOKENS = torch.randint(6, 262, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(folder: Path, dtype: str = "float32", kind: str = "causal") -> PeftModel:
+def adapted(folder: Path, dtype: str = "float32", kind: Literal["causal", "scalar"] = "causal") -> PeftModel:
     """A model whose adapters are not zero, as after training."""
     model = load_causal(folder, dtype) if kind == "causal" else load_scalar(folder, dtype, seed=2)
     peft = add_lora(model, Lora(r=4, alpha=10), kind, seed=5)
@@ -94,7 +95,7 @@ def test_adapters_off_needs_adapters(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["causal", "scalar"])
-def test_merged_weights_are_those_of_merge_and_unload(tiny_folder: Path, kind: str) -> None:
+def test_merged_weights_are_those_of_merge_and_unload(tiny_folder: Path, kind: Literal["causal", "scalar"]) -> None:
     peft = adapted(tiny_folder, kind=kind)
     before = {name: tensor.clone() for name, tensor in peft.state_dict().items()}
     ours = dict(merged_weights(peft))
@@ -145,6 +146,7 @@ def test_fused_experts_get_their_checkpoint_names(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], checkpoint[name]) for name in ours)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     ("target", "message"),
     [(["nothing_here"], "does not fit the model"), (["q_proj", "lm_head"], "embeddings or the head")],

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import add_lora, trainable_parameters
-from rlhf.models.saving import save_merged
+from rlhf.models.saving import DType, save_merged
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.recipe.base import Lora
 
@@ -47,7 +47,7 @@ def test_adapted_model_reloads_merged(tiny_folder: Path, tiny_tokenizer: ChatTok
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_config_tells_what_was_saved(
-    tiny_folder: Path, tiny_tokenizer: ChatTokenizer, tmp_path: Path, dtype: str
+    tiny_folder: Path, tiny_tokenizer: ChatTokenizer, tmp_path: Path, dtype: DType
 ) -> None:
     model = add_lora(load_causal(tiny_folder, "float32"), Lora(), "causal", seed=0)
     save_merged(model, tiny_tokenizer, tmp_path, dtype)

@@ -1,0 +1,206 @@
+"""Publishing weights to rollout engines in other processes: exact, acknowledged, bounded in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from rollout_oracle import differences, greedy, open_model, perturb, save, sharpen
+from transformers import PreTrainedModel
+
+from actors.rollout import RayRollout, RolloutActor
+from actors.weights import publish
+from rlhf.engines.base import RolloutSpec
+from rlhf.engines.environment import vllm_environment
+from rlhf.engines.served import ServedWeights
+from rlhf.engines.shared_memory import Checksum
+from rlhf.errors import TrainingError
+from rlhf.models.lora import merged_weights
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.recipe.schema import RolloutRole
+from rlhf.types import Prompt, Sampling
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
+DEADLINE_S = 120.0
+PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") for n in (5, 150, 9)]
+
+
+def start(spec: RolloutSpec) -> Any:
+    environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
+    return ray.remote(RolloutActor).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(spec)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(sharpen(open_model(tiny_folder)), tiny_folder, tmp_path_factory.mktemp("sharp") / "0")
+
+
+@pytest.fixture(scope="module")
+def replicas(local_ray: None, folder: Path) -> Iterator[list[Any]]:
+    """One replica of each engine: both take their weights the same way."""
+    spec = RolloutSpec(folder, "float32", RolloutRole(max_sequences=16), max_length=256, threads=1, seed=0)
+    vllm = start(spec)
+    transformers = start(replace(spec, role=RolloutRole(engine="transformers")))
+    ray.get([vllm.ping.remote(), transformers.ping.remote()], timeout=DEADLINE_S)
+    yield [vllm, transformers]
+    ray.kill(vllm)
+    ray.kill(transformers)
+
+
+@pytest.fixture
+def model(folder: Path) -> PreTrainedModel:
+    """A policy that differs from what the engines began with."""
+    return perturb(open_model(folder), seed=1, noise=0.5)
+
+
+def generate(replica: Any, sampling: Sampling = Sampling(16)) -> list:
+    return ray.get(replica.generate.remote(PROMPTS, sampling, [[1, 2]] * len(PROMPTS)), timeout=DEADLINE_S)
+
+
+def test_every_engine_serves_and_acknowledges_what_was_published(replicas, model, folder):
+    for version in (1, 2):
+        perturb(model, seed=version, noise=0.5)
+        checksum = Checksum()
+        for item in merged_weights(model):
+            checksum.add(*item)
+        receipt = publish(lambda: merged_weights(model), replicas, version, DEADLINE_S)
+        assert (receipt.version, receipt.checksum) == (version, checksum.hexdigest())
+        assert receipt.bytes == sum(weight.nbytes for weight in model.parameters())
+        for replica in replicas:
+            rollouts = generate(replica)
+            assert {rollout.policy_version for rollout in rollouts} == {version}
+            assert differences(model, rollouts).max() < 5e-5
+            assert differences(open_model(folder), rollouts).mean() > 0.1
+            best = generate(replica, Sampling(16, temperature=0))[::2]
+            assert [rollout.tokens for rollout in best] == [greedy(model, prompt, 16) for prompt in PROMPTS]
+
+
+def test_publishes_from_another_actor_and_loads_a_folder_back(replicas, folder, tmp_path):
+    @ray.remote(num_cpus=1)
+    def policy(handles: list[Any]) -> Any:
+        policy_model = perturb(open_model(folder), seed=3, noise=0.5)
+        return publish(lambda: merged_weights(policy_model), handles, 8, DEADLINE_S)
+
+    receipt = ray.get(policy.remote(replicas), timeout=DEADLINE_S)
+    loaded = save(perturb(open_model(folder), seed=3, noise=0.5), folder, tmp_path / "same")
+    before = [generate(replica) for replica in replicas]
+    again = RayRollout(replicas, DEADLINE_S).load(loaded, 8).result()
+    assert (again.version, again.bytes) == (8, receipt.bytes)
+    assert [generate(replica) for replica in replicas] == before
+
+
+def test_prompts_are_dealt_out_and_come_back_in_order(replicas, model):
+    publish(lambda: merged_weights(model), replicas, 3, DEADLINE_S)
+    seeds = [[1, 2, 3], [4], [5, 6]]
+    rollouts = RayRollout(replicas, DEADLINE_S).generate(PROMPTS, Sampling(8), seeds).result()
+    assert [(rollout.prompt.id, rollout.seed) for rollout in rollouts] == [
+        ("5", 1), ("5", 2), ("5", 3), ("150", 4), ("9", 5), ("9", 6),
+    ]  # fmt: skip
+    assert differences(model, rollouts).max() < 5e-5
+
+
+class StrangeReplica:
+    """Has a replica's weight methods, and one flaw."""
+
+    def __init__(self, flaw: str) -> None:
+        self.flaw = flaw
+        self.weights = ServedWeights()
+
+    def transport(self) -> tuple[str, int]:
+        return "shared_memory", 1
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self.weights.begin()
+
+    def update_weights(self, update_info: dict) -> None:
+        if self.flaw == "hangs":
+            time.sleep(60)
+        if self.flaw == "dies":
+            raise SystemExit
+        self.weights.ledger.add(update_info)
+
+    def finish_weight_update(self) -> None:
+        self.weights.finish()
+
+    def served(self) -> tuple[int, str]:
+        return self.weights.version, "0000" if self.flaw == "received something else" else self.weights.ledger.checksum
+
+    def update_weight_version(self, version: int) -> tuple[int, str]:
+        return self.weights.declare(version - 1 if self.flaw == "serves the old version" else version)
+
+
+@pytest.mark.parametrize(
+    ("flaw", "deadline_s", "message"),
+    [
+        ("received something else", DEADLINE_S, r"rollout-1 acknowledged weights 0000, but the policy sent \w{16}"),
+        ("serves the old version", DEADLINE_S, r"rollout-1 acknowledged weights \(3, .*the policy sent \(4,"),
+        ("hangs", 5.0, r"rollout-1.update_weights gave no answer within"),
+        ("dies", DEADLINE_S, r"rollout-1.update_weights: the process died"),
+    ],
+)
+def test_the_replica_at_fault_is_named(replicas, model, flaw, deadline_s, message):
+    strange = ray.remote(StrangeReplica).options(num_cpus=0).remote(flaw)
+    ray.get(strange.transport.remote(), timeout=DEADLINE_S)
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=message):
+        publish(lambda: merged_weights(model), [replicas[0], strange], 4, deadline_s)
+    assert time.monotonic() - started < 30
+    ray.kill(strange)
+    if flaw != "serves the old version":
+        with pytest.raises(TrainingError, match="weight update is unfinished"):
+            generate(replicas[0])
+    publish(lambda: merged_weights(model), replicas, 5, DEADLINE_S)
+    assert differences(model, generate(replicas[0])).max() < 5e-5
+
+
+def test_a_policy_that_fails_half_way_leaves_nothing_served_and_nothing_behind(replicas, model, tmp_path):
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        for index, item in enumerate(merged_weights(model)):
+            if index == 7:
+                raise MemoryError("merging")
+            yield item
+
+    with pytest.raises(MemoryError, match="merging"):
+        publish(failing, replicas, 6, DEADLINE_S)
+    for replica in replicas:
+        with pytest.raises(TrainingError, match="weight update is unfinished"):
+            generate(replica)
+    publish(lambda: merged_weights(model), replicas, 6, DEADLINE_S)
+    assert differences(model, generate(replicas[0])).max() < 5e-5
+    assert not list(Path("/dev/shm").glob("rlhf-weights-*"))
+
+
+@pytest.mark.real_model
+def test_a_real_model_agrees_after_an_update(local_ray, real_folder):
+    role = RolloutRole(max_sequences=16)
+    replica = start(RolloutSpec(real_folder, "float32", role, max_length=512, threads=1, seed=0))
+    model = perturb(open_model(real_folder), seed=1)
+    tokenizer = load_tokenizer(real_folder)
+    questions = ["What is rain?", "Name a fruit.", "Who are you?", "Count to five.", "Is tea warm?", "Say hello."]
+    questions += ["Repeat: " + "the old town was quiet and grey. " * times for times in (18, 25)]
+    prompts = [
+        Prompt(question[:20], tuple(tokenizer.prompt_ids([{"role": "user", "content": question}])), question)
+        for question in questions
+    ]
+    assert sum(len(prompt.tokens) > 128 for prompt in prompts) == 2
+
+    def best() -> list:
+        return ray.get(replica.generate.remote(prompts, Sampling(12, temperature=0), [[0]] * 8), timeout=DEADLINE_S)
+
+    best()  # fills the prefix cache with keys of the old weights
+    receipt = publish(lambda: merged_weights(model), [replica], 1, DEADLINE_S)
+    assert receipt.bytes == 134_515_008 * 4
+    rollouts = best()
+    assert differences(model, rollouts).max() < 1e-4
+    assert [rollout.tokens for rollout in rollouts] == [greedy(model, prompt, 12) for prompt in prompts]
+    ray.kill(replica)

@@ -1,0 +1,201 @@
+"""Weights through shared memory: exact, bounded, refused when damaged, and never left behind."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlhf.engines.shared_memory import (
+    ALIGNMENT,
+    Bucket,
+    Checksum,
+    folder_weights,
+    receive,
+    send,
+    tensor_bytes,
+)
+from rlhf.errors import RecipeError, ResourceError, TrainingError
+
+
+def some_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "embed": torch.randn(7, 5),
+        "norm": torch.randn(3).bfloat16(),
+        "transposed": torch.randn(4, 6).T,
+        "steps": torch.tensor(9),
+        "empty": torch.empty(0, 3),
+        "large": torch.randn(500),
+    }
+
+
+class Receiver:
+    """Receives buckets as an engine does."""
+
+    def __init__(self) -> None:
+        self.checksum = Checksum()
+        self.weights: list[tuple[str, torch.Tensor]] = []
+        self.buckets: list[Bucket] = []
+        self.sizes: list[int] = []
+
+    def update_weights(self, announcement: dict) -> None:
+        bucket = Bucket(**announcement)
+        self.sizes.append(Path(bucket.path).stat().st_size)
+        self.weights += receive(bucket, self.checksum)
+        self.buckets.append(bucket)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 10**6])
+def test_all_tensors_arrive_bit_for_bit_and_the_files_go(bucket_bytes):
+    receiver = Receiver()
+    weights = some_weights()
+    send(weights.items(), receiver.update_weights, bucket_bytes)
+    assert [name for name, _ in receiver.weights] == list(weights)
+    for name, tensor in receiver.weights:
+        assert tensor.dtype == weights[name].dtype
+        assert torch.equal(tensor, weights[name])
+    assert not any(Path(bucket.path).exists() for bucket in receiver.buckets)
+
+
+def test_buckets_hold_what_fits_and_a_larger_tensor_goes_alone():
+    receiver = Receiver()
+    send(some_weights().items(), receiver.update_weights, 256)
+    # Starts are multiples of 64: embed 0-140, norm 192-198; transposed would end at 352.
+    assert [bucket.names for bucket in receiver.buckets] == [["embed", "norm"], ["transposed", "steps", "empty"], ["large"]]
+    assert receiver.sizes == [198, 192, 2000]
+    assert ALIGNMENT == 64
+
+
+def test_checksum_is_that_of_the_tensors_however_they_are_cut():
+    whole = Checksum()
+    for item in some_weights().items():
+        whole.add(*item)
+    for bucket_bytes in (1, 200, 10**6):
+        receiver = Receiver()
+        send(some_weights().items(), receiver.update_weights, bucket_bytes)
+        assert receiver.buckets[-1].checksum == whole.hexdigest() == receiver.checksum.hexdigest()
+
+
+def test_checksum_of_nothing_is_that_of_xxh3():
+    assert Checksum().hexdigest() == "2d06800538d394c2"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("v", torch.tensor([1.0, 2.0, 3.0, 4.0])),
+        ("w", torch.tensor([1.0, 2.0, 3.0, 5.0])),
+        ("w", torch.tensor([[1.0, 2.0], [3.0, 4.0]])),
+        ("w", torch.tensor([1.0, 2.0, 3.0, 4.0]).view(torch.int32)),
+    ],
+    ids=["name", "value", "shape", "dtype"],
+)
+def test_checksum_tells_apart(name, tensor):
+    one, other = Checksum(), Checksum()
+    one.add("w", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    other.add(name, tensor)
+    assert one.hexdigest() != other.hexdigest()
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip_a_byte, "arrived with checksum"), (cut_short, "end after"), (Path.unlink, "same machine")],
+)
+def test_damage_on_the_way_is_refused(damage, message, tmp_path):
+    def deliver(announcement: dict) -> None:
+        copy = tmp_path / "bucket"
+        copy.write_bytes(Path(announcement["path"]).read_bytes())
+        damage(copy)
+        receive(Bucket(**announcement | {"path": str(copy)}), Checksum())
+
+    with pytest.raises(TrainingError, match=message):
+        send(some_weights().items(), deliver)
+
+
+def test_a_bucket_that_never_came_is_noticed_at_the_next():
+    announcements: list[dict] = []
+    receiver = Receiver()
+
+    def lose_the_second(announcement: dict) -> None:
+        announcements.append(announcement)
+        if len(announcements) != 2:
+            receiver.update_weights(announcement)
+
+    with pytest.raises(TrainingError, match="refused"):
+        send(some_weights().items(), lose_the_second, 1)
+    assert len(announcements) == 3
+
+
+def test_the_file_goes_when_the_receiver_fails():
+    paths = []
+
+    def fail(announcement: dict) -> None:
+        paths.append(Path(announcement["path"]))
+        assert paths[0].exists()
+        raise TrainingError("the engine died")
+
+    with pytest.raises(TrainingError, match="died"):
+        send(some_weights().items(), fail)
+    assert not paths[0].exists()
+
+
+def test_the_file_goes_when_the_weights_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.engines.shared_memory._folder", lambda size: str(tmp_path))
+
+    def failing():
+        yield "w", torch.ones(3)
+        assert len(list(tmp_path.iterdir())) == 1
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        send(failing(), Receiver().update_weights)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sender_may_reuse_its_memory():
+    def reusing():
+        buffer = torch.empty(3)
+        for value in range(4):
+            yield f"w{value}", buffer.fill_(value)
+
+    receiver = Receiver()
+    send(reusing(), receiver.update_weights)
+    assert [tensor.tolist() for _, tensor in receiver.weights] == [[float(value)] * 3 for value in range(4)]
+
+
+def test_no_room_is_an_error_that_says_so():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="no room for 8000 bytes"):
+            send({"w": torch.zeros(2000)}.items(), Receiver().update_weights)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensor_bytes():
+    assert tensor_bytes("bfloat16", [2, 3]) == 12
+    assert tensor_bytes("int64", []) == 8
+
+
+def test_folder_weights_reads_all_shards(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert {name: tensor.tolist() for name, tensor in folder_weights(tmp_path)} == {"a": [1.0, 1.0], "b": [0.0]}
+
+
+def test_folder_without_weights_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match="no \\*.safetensors"):
+        list(folder_weights(tmp_path))

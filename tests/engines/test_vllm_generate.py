@@ -1,0 +1,211 @@
+"""vLLM in this process, against transformers with the same weights in float32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rollout_oracle import differences, greedy, open_model, perturb, save, sharpen
+from transformers import LlamaConfig
+
+from rlhf.engines.base import RolloutSpec
+from rlhf.engines.shared_memory import Checksum, folder_weights, send
+from rlhf.engines.vllm_generate import VllmEngine, backend_for
+from rlhf.errors import RecipeError, TrainingError
+from rlhf.recipe.schema import RolloutRole
+from rlhf.types import Prompt, Rollout, Sampling
+
+pytestmark = pytest.mark.vllm
+
+TOLERANCE = 5e-5
+# The second and fourth are longer than a block of the KV cache (128 tokens).
+PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") for n in (5, 150, 9, 200)]
+
+
+def spec(folder: Path, **changes: object) -> RolloutSpec:
+    role = RolloutRole(max_sequences=16)
+    return replace(RolloutSpec(folder, "float32", role, max_length=256, threads=1, seed=0), **changes)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three models of the same architecture; predictions are sharp, so wrong weights show."""
+    root = tmp_path_factory.mktemp("models")
+    first = save(sharpen(open_model(tiny_folder)), tiny_folder, root / "0")
+    others = [save(perturb(open_model(first), seed, 0.5), first, root / str(seed)) for seed in (1, 2)]
+    return [first, *others]
+
+
+@pytest.fixture(scope="module")
+def started(folders: list[Path]) -> Iterator[VllmEngine]:
+    """One engine for all tests: a second in the same process would take another gigabyte of KV cache."""
+    environment, set_num_threads = dict(os.environ), torch.set_num_threads
+    yield VllmEngine(spec(folders[0]))
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    torch.set_num_threads = set_num_threads
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def engine(started: VllmEngine, folders: list[Path]) -> VllmEngine:
+    """The engine, serving the first model, its prefix cache full of keys of the long prompts."""
+    started.load(folders[0], 0)
+    started.generate(PROMPTS, Sampling(1), [[0]] * 4)
+    return started
+
+
+def draw(engine: VllmEngine, sampling: Sampling = Sampling(16), seeds: tuple[int, ...] = (1, 2)) -> list[Rollout]:
+    return engine.generate(PROMPTS, sampling, [list(seeds)] * len(PROMPTS))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.4])
+def test_logprobs_are_those_of_the_sampled_tokens_at_the_temperature(engine, folders, temperature):
+    rollouts = draw(engine, Sampling(16, temperature))
+    assert differences(open_model(folders[0]), rollouts, temperature).max() < TOLERANCE
+    assert [rollout.seed for rollout in rollouts] == [1, 2] * 4
+    assert [rollout.prompt.id for rollout in rollouts] == ["5", "5", "150", "150", "9", "9", "200", "200"]
+
+
+def test_top_p_logprobs_are_renormalised(engine, folders):
+    whole = differences(open_model(folders[0]), draw(engine, Sampling(16, top_p=0.5)))
+    # Within a nucleus of mass m in [0.5, 1] a token's logprob rises by -log m <= log 2.
+    assert whole.max() > 0.01
+    assert whole.max() < 0.6931 + TOLERANCE
+
+
+def test_a_seed_gives_the_same_response_in_any_company(engine):
+    def samples(rollouts: list[Rollout]) -> dict[tuple[str, int], tuple[int, ...]]:
+        return {(rollout.prompt.id, rollout.seed): rollout.tokens for rollout in rollouts}
+
+    batch = samples(draw(engine, seeds=(1, 2, 3)))
+    assert samples(draw(engine, seeds=(1, 2, 3))) == batch
+    assert samples(engine.generate(PROMPTS[::-1], Sampling(16), [[3, 1, 2]] * 4)) == batch
+    alone = samples(engine.generate(PROMPTS[:1], Sampling(16), [[2]]))
+    assert alone == {("5", 2): batch["5", 2]}
+    assert len(set(batch.values())) == len(batch)
+
+
+def test_end_of_sequence_stays_in_the_tokens_and_out_of_the_text(started, tiny_folder):
+    started.load(tiny_folder, 0)
+    end = started.tokenizer.eos_ids[0]
+    rollouts = started.generate(PROMPTS[:1], Sampling(40), [range(48)])
+    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
+    assert stopped
+    for rollout in rollouts:
+        ended = rollout.finish_reason == "stop"
+        assert rollout.tokens.count(end) == (rollout.tokens[-1] == end) == ended
+        assert ended or len(rollout.tokens) == 40
+        assert len(rollout.logprobs) == len(rollout.tokens)
+        assert rollout.text == started.tokenizer.decode(rollout.tokens)
+        assert "<|" not in rollout.text
+
+
+def test_load_serves_the_new_weights_and_forgets_the_old_keys(engine, folders):
+    before = draw(engine)
+    for version, folder in ((4, folders[1]), (5, folders[2])):
+        checksum = Checksum()
+        for item in folder_weights(folder):
+            checksum.add(*item)
+        receipt = engine.load(folder, version)
+        assert (receipt.version, receipt.checksum) == (version, checksum.hexdigest()) == engine.served()
+        assert receipt.bytes == sum(tensor.nbytes for _, tensor in folder_weights(folder))
+        model = open_model(folder)
+        rollouts = draw(engine)
+        assert {rollout.policy_version for rollout in rollouts} == {version}
+        assert differences(model, rollouts).max() < TOLERANCE
+        assert differences(open_model(folders[0]), rollouts).mean() > 0.1
+        best = engine.generate(PROMPTS, Sampling(16, temperature=0), [[0]] * 4)
+        assert [rollout.tokens for rollout in best] == [greedy(model, prompt, 16) for prompt in PROMPTS]
+    engine.load(folders[0], 6)
+    assert [rollout.tokens for rollout in draw(engine)] == [rollout.tokens for rollout in before]
+
+
+def test_generates_nothing_while_an_update_is_unfinished(engine, folders):
+    def refuses() -> None:
+        with pytest.raises(TrainingError, match="weight update is unfinished"):
+            draw(engine)
+
+    engine.start_weight_update()
+    refuses()
+    send(folder_weights(folders[1]), engine.update_weights)
+    refuses()
+    engine.finish_weight_update()
+    refuses()
+    assert engine.served()[0] == 0
+    assert engine.update_weight_version(3) == engine.served()
+    assert {rollout.policy_version for rollout in draw(engine)} == {3}
+
+
+def corrupt(engine: VllmEngine, bad_bucket: int) -> Callable[[dict], None]:
+    """Return an `update_weights` that changes one byte of the n-th bucket on its way."""
+    count = 0
+
+    def update_weights(announcement: dict) -> None:
+        nonlocal count
+        count += 1
+        if count == bad_bucket:
+            path = Path(announcement["path"])
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        engine.update_weights(announcement)
+
+    return update_weights
+
+
+@pytest.mark.parametrize("bad_bucket", [1, 6])
+def test_damaged_weights_are_refused_until_a_whole_update_comes(engine, folders, bad_bucket):
+    engine.start_weight_update()
+    with pytest.raises(TrainingError, match="refused"):
+        send(folder_weights(folders[1]), corrupt(engine, bad_bucket), 16_000)
+    with pytest.raises(TrainingError, match="weight update is unfinished"):
+        draw(engine)
+    with pytest.raises(TrainingError, match="was declared"):
+        engine.update_weight_version(1)
+    engine.load(folders[2], 2)
+    assert differences(open_model(folders[2]), draw(engine)).max() < TOLERANCE
+
+
+def test_an_abandoned_update_does_not_spoil_the_next(engine, folders):
+    engine.start_weight_update()
+    weights = list(folder_weights(folders[1]))
+    send(weights[: len(weights) // 2], engine.update_weights)
+    engine.load(folders[2], 2)
+    assert differences(open_model(folders[2]), draw(engine)).max() < TOLERANCE
+
+
+def test_a_prompt_without_room_for_its_response_is_named(engine):
+    with pytest.raises(TrainingError, match=r"prompt 200 has 200 tokens; with 57 .* 256"):
+        engine.generate(PROMPTS, Sampling(57), [[0]] * 4)
+
+
+def test_no_prompts_no_rollouts(engine):
+    assert engine.generate([], Sampling(4), []) == []
+
+
+def test_head_size_is_checked_before_anything_starts(tmp_path):
+    LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"heads have 16 dimensions, supported are 32, 64, 80"):
+        VllmEngine(spec(tmp_path))
+
+
+def test_length_beyond_the_model_is_refused(tiny_folder):
+    with pytest.raises(RecipeError, match="513 tokens, but the model was built for 512"):
+        VllmEngine(spec(tiny_folder, max_length=513))
+
+
+def test_tensor_parallel_needs_gpus(tiny_folder):
+    with pytest.raises(RecipeError, match="tensor_parallel above 1 needs GPUs"):
+        VllmEngine(spec(tiny_folder, role=RolloutRole(tensor_parallel=2)))
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(0, "shared_memory"), (0.5, "ipc"), (1, "nccl"), (2, "nccl")])
+def test_backend_follows_the_place_of_the_engine(gpus, backend):
+    assert backend_for(gpus) == backend

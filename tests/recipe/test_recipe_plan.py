@@ -1,0 +1,137 @@
+"""Schedules by hand, and the plan as a person and a program read it."""
+
+import io
+import json
+from dataclasses import asdict, replace
+
+from rich.console import Console
+
+from rlhf.recipe.plan import headline, make_plan, render_plan
+from rlhf.recipe.resources import Resources
+from rlhf.recipe.schedule import longest, microbatch_tokens, row_count, schedule
+
+MACHINE = Resources(cpus=4, gpus=0, memory_bytes=64 << 30)
+
+
+def schedules(loaded):
+    return {stage.name: dict(schedule(loaded.recipe, stage)) for stage in loaded.recipe.stages}
+
+
+def test_schedules_by_hand(folder, text):
+    text = text.replace("data/sft.jsonl}", "data/sft.jsonl}\n    batch_size: 2\n    epochs: 3")
+    text = text.replace(
+        "data: {stage: pairs}\n  - name: duel", "data: {stage: pairs}\n    batch_size: 4\n  - name: duel"
+    )
+    assert schedules(folder.load(text)) == {
+        "sft": {"rows": 3, "optimizer_steps": 3 * 2, "batch_size": 2, "max_tokens": 1024},
+        "pairs": {"prompts": 10, "rollouts": 40, "max_tokens": 768},
+        "rm": {"pairs_at_most": 10, "optimizer_steps_at_most": 1, "batch_size": 16, "max_tokens": 1024},
+        "ppo": {
+            "prompts": 10,
+            "steps": 3,
+            "sequences_per_step": 16,
+            "minibatches_per_epoch": 3,
+            "optimizer_steps_per_step": 6,
+            "optimizer_steps": 18,
+            "rollouts": 48,
+            "max_tokens": 768,
+        },
+        "dpo": {"pairs_at_most": 10, "optimizer_steps_at_most": 3, "batch_size": 4, "max_tokens": 1024},
+        "duel": {"prompts": 4, "rollouts": 12, "max_tokens": 768},
+    }
+
+
+def test_all_pairs_of_a_file_and_of_a_stage(folder, text):
+    text = text.replace("    judge:", "    pairing: all\n    judge:")
+    dpo = "data: {stage: pairs}\n  - name: duel"
+    text = text.replace(
+        dpo, "data: {path: data/prompts.jsonl}\n    heldout_fraction: 0.2\n    batch_size: 4\n  - name: duel"
+    )
+    found = schedules(folder.load(text))
+    assert found["rm"]["pairs_at_most"] == 10 * 6
+    assert (found["dpo"]["rows"], found["dpo"]["optimizer_steps"]) == (10, 2)
+
+
+def test_what_cannot_be_counted_is_left_out(folder, text):
+    folder.write("data/sft.csv", "a\n1\n")
+    text = text.replace("data/sft.jsonl", "data/sft.csv").replace("path: data/prompts.jsonl", "hub: org/prompts")
+    found = schedules(folder.load(text))
+    assert found["sft"] == {"batch_size": 16, "max_tokens": 1024}
+    assert found["pairs"] == {"max_tokens": 768}
+    assert found["rm"] == {"batch_size": 16, "max_tokens": 1024}
+    assert "prompts" not in found["ppo"]
+
+
+def test_row_count_skips_blank_lines_and_stops_at_the_limit(folder, text):
+    stage = folder.load(text).recipe.stages[0]
+    assert row_count(stage.data) == 3
+    assert row_count(stage.data.model_copy(update={"limit": 2})) == 2
+
+
+def test_token_counts(folder, text):
+    recipe = folder.load(text, "stages.duel.max_response_tokens=1000").recipe
+    assert longest(recipe) == 512 + 1000
+    tokens = {stage.name: microbatch_tokens(stage) for stage in recipe.stages}
+    assert tokens == {"sft": 4096, "pairs": 4096, "rm": 4096, "ppo": 4096, "dpo": 4096, "duel": 4096}
+    small = folder.load(text, "stages.sft.batch_size=2", "stages.dpo.max_length=3000").recipe
+    assert microbatch_tokens(small.stages[0]) == 2 * 1024
+    assert microbatch_tokens(small.stages[4]) == 2 * 3000
+
+
+def test_headline(folder, text):
+    plan = make_plan(
+        folder.load(text, "roles.reference.share=policy", "roles.critic.gpus=0.5", "roles.rollout.replicas=2"), MACHINE
+    )
+    assert headline(plan) == (
+        "trial: sft -> pairs (annotate) -> rm (reward) -> ppo -> dpo -> duel (compare); on Ray: "
+        "policy CPU, reward CPU, critic 0.5 GPU, rollout 2 x CPU (vllm), reference in policy"
+    )
+    assert "; in this process: policy CPU" in headline(replace(plan, backend="local"))
+
+
+def test_plan_of_the_tiny_model(folder, text):
+    plan = make_plan(folder.load(text), MACHINE)
+    roles = {(stage.name, role.role): role for stage in plan.stages for role in stage.roles}
+    assert 80_000 < plan.parameters < 100_000
+    assert plan.warnings == ()
+    assert {key for key, role in roles.items() if role.trainable} == {
+        ("sft", "policy"),
+        ("rm", "reward"),
+        ("ppo", "policy"),
+        ("ppo", "critic"),
+        ("dpo", "policy"),
+    }
+    assert roles["ppo", "policy"].trainable + 64 == roles["ppo", "critic"].trainable
+    assert roles["ppo", "policy"].threads == 2
+    assert roles["ppo", "rollout"].memory.kv_cache == 1 << 30
+    ppo = plan.stages[3]
+    assert ppo.main_memory == sum(role.memory.total for role in ppo.roles)
+    assert json.loads(json.dumps(asdict(plan)))["stages"][3]["schedule"]["rollouts"] == 48
+
+
+def test_full_training_of_one_role_only(folder, text):
+    plan = make_plan(folder.load(text, "stages.ppo.critic_lora=full"), MACHINE)
+    roles = {role.role: role for role in plan.stages[3].roles}
+    assert roles["critic"].trainable == roles["critic"].parameters
+    assert roles["policy"].trainable < roles["policy"].parameters / 2
+
+
+def test_warnings(folder, text):
+    loaded = folder.load(text, "stages.ppo.prompts_per_step=11")
+    plan = make_plan(loaded, replace(MACHINE, memory_bytes=1 << 30))
+    assert "stage ppo has 10 prompts but takes 11 a step" in plan.warnings
+    assert [line.split(" is")[0] for line in plan.warnings if "memory" in line] == [
+        "stage pairs", "stage ppo", "stage duel",
+    ]  # fmt: skip
+
+
+def test_rendered_plan_fits_a_terminal(folder, text):
+    plan = make_plan(folder.load(text), MACHINE)
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_plan(plan))
+    shown = out.getvalue()
+    assert "\u2026" not in shown
+    assert "available: 4 CPUs, 0 GPUs, 64.00 GiB" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["rollout", "1", "0", "4", "0", "0.00", "0.00", "0.00", "1.00"] in rows
+    assert "optimizer steps per step 6" in " ".join(shown.split())

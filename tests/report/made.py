@@ -1,0 +1,35 @@
+"""Comparisons with known numbers, for the tests of what is said about them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf.report.results import CandidateSamples, Comparison, Sample
+from rlhf.report.statistics import compare
+
+
+def samples(name, *, gold=0.0, reward=0.0, kl=0.0, tokens=20, finish="stop", text=None, prompts=24, seed=0, noise=0.1):
+    """Return one sample per prompt around the given means; difficulty is shared by all candidates."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    difficulty = np.random.default_rng(99).normal(0, 0.5, prompts)
+    gaps = rng.normal(0, noise, (3, prompts))
+    gaps -= gaps.mean(axis=1, keepdims=True) if prompts > 1 else 0
+    rows = [
+        Sample(
+            prompt_id=f"p{place}",
+            prompt=f"question {place}",
+            response=f"answer {place} of {name}" if text is None else text,
+            gold=float(gold + difficulty[place] + gaps[0, place]),
+            reward=float(reward + difficulty[place] + gaps[1, place]),
+            kl=float(kl + gaps[2, place]),
+            tokens=tokens,
+            finish_reason=finish,
+        )
+        for place in range(prompts)
+    ]
+    return CandidateSamples(name, name if name in ("sft", "ppo", "dpo") else "base", tuple(rows))
+
+
+def comparison(*candidates: CandidateSamples) -> Comparison:
+    """Compare against the first candidate."""
+    return compare(candidates, candidates[0].name, seed=5, resamples=300)
