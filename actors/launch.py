@@ -80,7 +80,9 @@ class RayLauncher:
 
     def _start(self, name: str, kind: type, role: Role, environment: dict[str, str], *arguments: Any) -> Any:
         assert self.group is not None
-        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=list(self.bundles).index(name))
+        place = PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=list(self.bundles).index(name)
+        )
         remote = ray.remote(kind).options(
             name=f"{self.recipe.name}-{os.getpid()}-{name}",
             num_cpus=role.cpus,
@@ -119,7 +121,7 @@ def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
             continue
         resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
         names = [f"rollout-{index}" for index in range(recipe.roles.rollout.replicas)] if name == "rollout" else [name]
-        bundles |= {process: resources for process in names}
+        bundles |= dict.fromkeys(names, resources)
     return bundles
 
 

@@ -13,4 +13,10 @@ ALLOCATOR = {
 
 def learner_environment() -> dict[str, str]:
     """Return the environment of a process that trains or scores; its threads are set when a model is built."""
-    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **ALLOCATOR}
+    return {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        **ALLOCATOR,
+    }

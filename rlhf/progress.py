@@ -8,15 +8,32 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-SHOWN = ("loss", "accuracy", "reward", "kl", "entropy", "length", "tokens_per_second")
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "reward": "reward",
+    "gold": "gold",
+    "kl": "kl",
+    "entropy": "entropy",
+    "length": "length",
+    "tokens_per_second": "tok/s",
+}
 PLAIN_INTERVAL_S = 10.0
 
 
 def brief(metrics: Mapping[str, float]) -> str:
     """Return the few metrics that people watch, in one short line."""
-    return "  ".join(f"{name.replace('tokens_per_second', 'tok/s')} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+    return "  ".join(f"{SHOWN[name]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
 
 
 class Display:

@@ -47,7 +47,10 @@ STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
 
 
 def run_recipe(
-    loaded: LoadedRecipe, launch: Callable[[Recipe], Launcher], output: Path | None = None, console: Console | None = None
+    loaded: LoadedRecipe,
+    launch: Callable[[Recipe], Launcher],
+    output: Path | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Run all stages that are not done yet and return the run folder; `launch` builds the roles' backend."""
     recipe = loaded.recipe
@@ -124,7 +127,8 @@ def _finish(target: Path, key: str, summary: Summary, seconds: float) -> None:
 
 
 def _brief(summary: Summary) -> str:
-    return "  ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in summary.items()}
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _max_length(recipe: Recipe) -> int:

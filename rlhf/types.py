@@ -86,7 +86,10 @@ class Rows:
         cut = {}
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
-            cut[item.name] = value.narrow(width) if isinstance(value, Rows) else value[:, :width] if value.ndim == 2 else value
+            if isinstance(value, Rows):
+                cut[item.name] = value.narrow(width)
+            else:
+                cut[item.name] = value[:, :width] if value.ndim == 2 else value
         return replace(self, **cut)  # type: ignore[type-var]
 
     def trim(self) -> Self:

@@ -72,16 +72,28 @@ def test_validate(recipe):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("kind: sft", "kind: sft\n    epohcs: 1", "recipe.yaml:6:5: stages.sft.epohcs: unknown key (did you mean epochs?)"),
-        ("kind: sft", "kind: sft\n    epochs: x", "recipe.yaml:6:13: stages.sft.epochs: must be a whole number, got 'x'"),
+        (
+            "kind: sft",
+            "kind: sft\n    epohcs: 1",
+            "recipe.yaml:6:5: stages.sft.epohcs: unknown key (did you mean epochs?)",
+        ),
+        (
+            "kind: sft",
+            "kind: sft\n    epochs: x",
+            "recipe.yaml:6:13: stages.sft.epochs: must be a whole number, got 'x'",
+        ),
         ("kind: sft", "kind: sft\n    kind: dpo", 'recipe.yaml:6:5: not valid YAML: found duplicate key "kind"'),
         ("sft.jsonl", "stf.jsonl", "recipe.yaml:6:18: stages.sft.data.path: file not found: stf.jsonl"),
         ("kind: sft", "kind: sft\n    init: stf", "recipe.yaml:6:11: stages.sft.init: no stage is named 'stf'"),
-        ("name: trial", "extends: recipe.yaml", "recipe.yaml:1:10: extends: recipe.yaml extends this recipe again, a cycle"),
+        (
+            "name: trial",
+            "extends: recipe.yaml",
+            "recipe.yaml:1:10: extends: recipe.yaml extends this recipe again, a cycle",
+        ),
         ("stages:", "stages: }", "recipe.yaml:3:9: not valid YAML: expected the node content, but found '}'"),
         (RECIPE, "", "recipe.yaml:1:1: the recipe is empty"),
     ],
-)  # fmt: skip
+)
 def test_bad_recipes_end_every_command_with_2(recipe, command, old, new, expected):
     recipe.write_text(RECIPE.replace(old, new, 1))
     result = invoke(command, "recipe.yaml")

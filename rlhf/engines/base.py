@@ -12,7 +12,6 @@ from rlhf.recipe.base import Lora, Optimizer
 from rlhf.recipe.schema import RolloutRole
 from rlhf.types import Metrics, Rows
 
-
 B = TypeVar("B", bound=Rows)
 B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
 

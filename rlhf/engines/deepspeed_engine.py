@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal
@@ -75,8 +75,9 @@ class DeepSpeedEngine:
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.optimizer = build_adamw(named, optimizer, head_learning_rate)
         size = sum(parameter.numel() for _, parameter in named)
+        self.whole = _Whole(module)
         self.engine, *_ = self.deepspeed.initialize(
-            model=_Whole(module),
+            model=self.whole,
             optimizer=self.optimizer,
             config=_config(zero_stage, dtype, optimizer.max_grad_norm, size),
             dist_init_required=False,
@@ -93,12 +94,15 @@ class DeepSpeedEngine:
         return _over_ranks(metrics, batch).merge(step_metrics(norm))
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Return a context in which every parameter is whole on every rank, for reading; all ranks enter together.
+    def gathered(self, writable: bool = False) -> Iterator[None]:
+        """Return a context in which every parameter is whole on every rank; all ranks enter and leave together.
 
-        Below stage 3 they always are, and this does nothing.
+        Below stage 3 they always are, and this does nothing. At stage 3 changes are lost unless `writable`, which
+        keeps those of rank 0 on all ranks.
         """
-        with self.deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=self.zero_stage == 3):
+        gather = self.deepspeed.zero.GatheredParameters
+        parameters = list(self.module.parameters())
+        with gather(parameters, modifier_rank=0 if writable else None, enabled=self.zero_stage == 3):
             yield
 
     def close(self) -> None:
@@ -112,17 +116,11 @@ class DeepSpeedEngine:
         metrics = Metrics()
         self.engine.train()
         for index, rows in enumerate(passes):
-            part = batch.select(rows or [shortest]).trim()
-            weight = scale if rows else 0.0
-            measured = Metrics()
-
-            def scaled_loss(module: nn.Module, part: B = part, weight: float = weight) -> Tensor:
-                nonlocal measured
-                loss, measured = objective.loss(module, part)
-                return loss * weight
-
             self.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
-            self.engine.backward(self.engine(scaled_loss))
+            loss = self.engine(objective, batch.select(rows or [shortest]).trim())
+            # ZeRO reduces in every pass, so a rank without rows joins in with a gradient of nothing.
+            self.engine.backward(loss * (scale if rows else 0.0))
+            measured = self.whole.metrics
             metrics = metrics.merge(measured if rows else Metrics(dict.fromkeys(measured, (0.0, 0.0))))
         return metrics
 
@@ -141,15 +139,17 @@ class DeepSpeedEngine:
 
 
 class _Whole(nn.Module):
-    """Makes any work on the module one forward pass of DeepSpeed's: objectives may call parts of the module."""
+    """Makes an objective's loss one forward pass of DeepSpeed's, whichever parts of the module it calls."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.metrics = Metrics()
 
-    def forward(self, work: Callable[[nn.Module], Tensor]) -> Tensor:
-        """Return `work(module)`."""
-        return work(self.module)
+    def forward(self, objective: Objective[B], batch: B) -> Tensor:
+        """Return the sum of the loss over the batch and keep the metrics."""
+        loss, self.metrics = objective.loss(self.module, batch)
+        return loss
 
 
 def _joined_deepspeed() -> ModuleType:

@@ -53,9 +53,7 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(spec.checkpoint)
         self.version = 0
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """Draw one response per (prompt, seed), in that order; temperature 0 is greedy."""
         wanted = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
         size = self.spec.role.max_sequences

@@ -34,7 +34,7 @@ class TorchEngine:
         self.optimizer = build_adamw(trained, optimizer, head_learning_rate)
 
     def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
-        """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it and is counted."""
+        """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it."""
         metrics = self._accumulate(batch, objective)
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
         if math.isfinite(norm):

@@ -24,10 +24,6 @@ def resolve_model(source: ModelSource, cache: Path | None = None) -> Path:
     the folder's tokenizer has `source.chat_template` where that is set. Converted models are kept below
     `cache`, by default `RLHF_CACHE` or `~/.cache/rlhf`. Raises RecipeError when there is no such model.
     """
-    if source.trust_remote_code:
-        raise RecipeError(
-            "model.trust_remote_code: models that bring their own code are not supported; set it to false"
-        )
     cache = cache or default_cache()
     folder = _find(source, cache)
     if not (folder / "config.json").is_file():

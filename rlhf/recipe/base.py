@@ -46,7 +46,7 @@ class StageData(Strict):
 
 
 def _which_data(value: Any) -> str:
-    keys = value if isinstance(value, dict) else value.model_fields_set
+    keys = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
     return next((key for key in ("stage", "hub", "path") if key in keys), "path")
 
 

@@ -25,7 +25,7 @@ LANGUAGE_MODELS = (BASE, "sft", "ppo", "dpo")
 
 def check_references(recipe: Recipe) -> list[Finding]:
     """Return (location, message) for everything that does not fit together; empty when all is well."""
-    findings = [*_model(recipe), *_roles(recipe)]
+    findings = [*_roles(recipe)]
     earlier: dict[str, str] = {BASE: BASE}
     names = {stage.name for stage in recipe.stages}
     for index, stage in enumerate(recipe.stages):
@@ -55,8 +55,6 @@ def _references(stage: Stage) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
             yield ("init",), stage.init, LANGUAGE_MODELS
             if isinstance(stage.data, StageData):
                 yield ("data", "stage"), stage.data.stage, ("annotate",)
-            if stage.gold:
-                yield from _judge(("gold",), stage.gold)
         case PpoStage():
             yield ("policy",), stage.policy, LANGUAGE_MODELS
             yield from _judge(("reward",), stage.reward)
@@ -114,11 +112,6 @@ def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
         for index, name in enumerate(stage.candidates):
             if name in stage.candidates[:index]:
                 yield ("candidates", index), f"{name!r} is there twice"
-
-
-def _model(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.model.trust_remote_code and recipe.model.revision is None:
-        yield ("model", "trust_remote_code"), "runs code from the hub, so it needs a pinned `revision` beside it"
 
 
 def _roles(recipe: Recipe) -> Iterator[Finding]:

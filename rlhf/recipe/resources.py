@@ -79,15 +79,15 @@ def _reward(*judges: object) -> tuple[RoleName, ...]:
     return ("reward",) if any(isinstance(judge, ModelJudge) for judge in judges) else ()
 
 
-def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[str, int]:
+def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
     """Return the CPU threads of each role of a stage.
 
     Processes busy at the same time must not want more threads than there are cores, since spinning OpenMP
-    barriers then cost a factor of ten. While an engine generates nothing else runs; in ppo the policy and the
-    critic train side by side, in compare two models score side by side.
+    barriers then cost a factor of ten. While an engine generates nothing else runs, and only in ppo two models
+    are busy side by side (policy and critic train).
     """
     half = max(1, cores // 2)
-    together = isinstance(stage, PpoStage | CompareStage)
+    together = isinstance(stage, PpoStage)
     return {name: half if together and name != "rollout" else max(1, cores) for name in wanted(recipe, stage)}
 
 

@@ -18,7 +18,6 @@ class ModelSource(Strict):
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     chat_template: Path | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
-    trust_remote_code: bool = Field(False, description="needs a pinned `revision`")
 
 
 class Role(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf.recipe.base import DataSource, FileData, Fraction, Judge, Lora, Optimizer, Positive, Strict
+from rlhf.recipe.base import DataSource, FileData, Fraction, FunctionJudge, Judge, Lora, Optimizer, Positive, Strict
 
 NAME = r"^[a-z][a-z0-9_-]*$"
 
@@ -60,8 +60,8 @@ class RewardStage(Training):
     kind: Literal["reward"]
     init: str = "base"
     data: DataSource
-    heldout_fraction: Fraction = Field(0.1, description="share of a file's pairs kept for accuracy (stages bring theirs)")
-    gold: Judge | None = Field(None, description="report the held-out agreement with this judge too")
+    heldout_fraction: Fraction = Field(0.1, description="share of a file's pairs kept for accuracy")
+    gold: FunctionJudge | None = Field(None, description="report the held-out agreement with this judge too")
     head_learning_rate: Positive = Field(5e-3, description="of the new scalar head; the rest uses `optimizer`")
 
 
@@ -100,7 +100,7 @@ class PpoStage(StageBase):
     score_clip: Positive = Field(5.0, description="scores are clipped to [-score_clip, score_clip]")
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted when a response has no end-of-sequence")
     importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
-    gold: Judge | None = Field(None, description="a judge that is only watched: its mean is logged at every step")
+    gold: FunctionJudge | None = Field(None, description="only watched: its mean is logged at every step")
     max_kl: Positive = Field(100.0, description="guard: stop when the sequence KL to the reference exceeds this")
     agreement: Agreement = Agreement()
     save_every: PositiveInt | None = Field(None, description="write a policy checkpoint every so many steps")
@@ -112,7 +112,7 @@ class DpoStage(Training):
     kind: Literal["dpo"]
     policy: str
     data: DataSource
-    heldout_fraction: Fraction = Field(0.1, description="share of a file's pairs kept for accuracy (stages bring theirs)")
+    heldout_fraction: Fraction = Field(0.1, description="share of a file's pairs kept for accuracy")
     beta: Positive = 0.1
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="cDPO: assumed probability of a wrong label")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ from rlhf.report.html import write_html
 from rlhf.report.json import write_json
 from rlhf.report.results import CandidateSamples, Comparison, Sample
 from rlhf.report.statistics import compare
+from rlhf.roles import RewardSource
 from rlhf.stages.context import StageContext
 from rlhf.stages.samples import write_samples
 from rlhf.stages.sft import Summary
 from rlhf.types import Prompt, Rollout, Sampling, TokenBatch
+
+Drawn = dict[str, tuple[list[Rollout], Tensor]]
+"""Each candidate's rollouts and their sequence logprobs `[B]` under the candidate itself."""
 
 
 def run(stage: CompareStage, context: StageContext) -> Summary:
@@ -36,18 +40,17 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
     check_disjoint(prompts, context.recipe)
     context.tracker.begin("sampling", len(stage.candidates))
-    drawn: dict[str, tuple[list[Rollout], Tensor]] = {}
+    drawn: Drawn = {}
     for index, name in enumerate(stage.candidates):
         drawn[name] = _draw(name, prompts, stage, context, tokenizer.pad_id)
         context.tracker.advance(index + 1, {"length": _mean_length(drawn[name][0])})
     kl = _sequence_kl(drawn, stage, context, tokenizer.pad_id)
-    gold, proxy = context.judge(stage.gold, tokenizer.pad_id), context.judge(stage.reward, tokenizer.pad_id)
+    golds = _judged(drawn, context.judge(stage.gold, tokenizer.pad_id))
+    rewards = _judged(drawn, context.judge(stage.reward, tokenizer.pad_id))
     candidates = []
     for name, (rollouts, _) in drawn.items():
-        golds, rewards = gold.score(rollouts), proxy.score(rollouts)
-        scored = golds.result().tolist(), rewards.result().tolist(), kl[name].tolist()
-        write_samples(context.folder / "samples" / name, 0, rollouts, scored[0])
-        candidates.append(_candidate(name, context.recipe, rollouts, *scored))
+        write_samples(context.folder / "samples" / name, 0, rollouts, golds[name])
+        candidates.append(_candidate(name, context.recipe, rollouts, golds[name], rewards[name], kl[name].tolist()))
     comparison = compare(candidates, stage.baseline, context.seed("bootstrap"), stage.bootstrap_samples)
     _report(comparison, candidates, stage, context)
     return {result.name: result.gold for result in comparison.candidates}
@@ -90,9 +93,7 @@ def _check_served(name: str, logprobs: Tensor, batch: TokenBatch) -> None:
         raise GuardError(f"the engine's logprobs differ from those of {name} by {gap:.3f} nats in the mean")
 
 
-def _sequence_kl(
-    drawn: Mapping[str, tuple[list[Rollout], Tensor]], stage: CompareStage, context: StageContext, pad_id: int
-) -> dict[str, Tensor]:
+def _sequence_kl(drawn: Drawn, stage: CompareStage, context: StageContext, pad_id: int) -> dict[str, Tensor]:
     """Return log pi - log ref of every sample, `[B]` per candidate; exactly 0 for the baseline."""
     reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
     result = {}
@@ -100,6 +101,11 @@ def _sequence_kl(
         batch = collate_rollouts(rollouts, pad_id)
         result[name] = own - sequence_logprobs(reference.logprobs(batch).result().logprobs, batch.response_mask)
     return result | {stage.baseline: torch.zeros_like(result[stage.baseline])}
+
+
+def _judged(drawn: Drawn, judge: RewardSource) -> dict[str, list[float]]:
+    """Return the judge's score of every sample, per candidate."""
+    return {name: judge.score(rollouts).result().tolist() for name, (rollouts, _) in drawn.items()}
 
 
 def _candidate(

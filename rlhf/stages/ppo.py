@@ -60,9 +60,7 @@ def start_roles(stage: PpoStage, context: StageContext, tokenizer: ChatTokenizer
     launcher = context.launcher
     critic_start = stage.reward.stage if isinstance(stage.reward, ModelJudge) else stage.policy
     policy = launcher.policy(
-        context.trained(
-            "policy", "causal", stage.policy, stage.optimizer, stage.lora, temperature=stage.temperature
-        )
+        context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora, temperature=stage.temperature)
     )
     if context.recipe.roles.reference.share:
         reference: Reference = SharedReference(policy)

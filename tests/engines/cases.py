@@ -79,7 +79,7 @@ CASES = {
     "reward": Case(RewardModel(), preference_batch, "scalar"),
     "preference": Case(Preference(0.1, 0.1), preference_batch, "causal"),
     "policy": Case(ClippedPolicy(0.2, 2.0, 0.9), experience, "causal"),
-    "value": Case(ClippedValue(0.2), experience, "scalar"),
+    "value": Case(ClippedValue(0.02), experience, "scalar"),
 }
 
 

@@ -63,7 +63,11 @@ def test_buckets_hold_what_fits_and_a_larger_tensor_goes_alone():
     receiver = Receiver()
     send(some_weights().items(), receiver.update_weights, 256)
     # Starts are multiples of 64: embed 0-140, norm 192-198; transposed would end at 352.
-    assert [bucket.names for bucket in receiver.buckets] == [["embed", "norm"], ["transposed", "steps", "empty"], ["large"]]
+    assert [bucket.names for bucket in receiver.buckets] == [
+        ["embed", "norm"],
+        ["transposed", "steps", "empty"],
+        ["large"],
+    ]
     assert receiver.sizes == [198, 192, 2000]
     assert ALIGNMENT == 64
 

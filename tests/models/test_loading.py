@@ -91,8 +91,6 @@ def test_unusable_folders_are_recipe_errors(tiny_folder: Path, tmp_path: Path) -
         resolve_model(ModelSource(path=str(tmp_path / "pickled")))
     with pytest.raises(RecipeError, match=r"no file .*missing\.jinja"):
         resolve_model(ModelSource(path=str(tiny_folder), chat_template=tmp_path / "missing.jinja"))
-    with pytest.raises(RecipeError, match="trust_remote_code"):
-        resolve_model(ModelSource(path=str(tiny_folder), trust_remote_code=True, revision="0" * 40))
 
 
 def test_missing_weights_are_never_drawn_at_random(tiny_folder: Path, tmp_path: Path) -> None:

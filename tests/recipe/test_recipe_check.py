@@ -12,26 +12,74 @@ NEEDS = "but one of kind base, sft, ppo or dpo is needed here"
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("policy: sft\n    reward", "policy: stf\n    reward", "18:13: stages.ppo.policy: no stage is named 'stf' (did you mean sft?)"),
-        ("policy: sft\n    reward", "policy: dpo\n    reward", f"18:13: stages.ppo.policy: stage 'dpo' comes later; {LATER}"),
-        ("policy: sft\n    reward", "policy: ppo\n    reward", f"18:13: stages.ppo.policy: stage 'ppo' comes later; {LATER}"),
-        ("policy: sft\n    reward", "policy: pairs\n    reward", f"18:13: stages.ppo.policy: 'pairs' is a stage of kind annotate, {NEEDS}"),
+        (
+            "policy: sft\n    reward",
+            "policy: stf\n    reward",
+            "18:13: stages.ppo.policy: no stage is named 'stf' (did you mean sft?)",
+        ),
+        (
+            "policy: sft\n    reward",
+            "policy: dpo\n    reward",
+            f"18:13: stages.ppo.policy: stage 'dpo' comes later; {LATER}",
+        ),
+        (
+            "policy: sft\n    reward",
+            "policy: ppo\n    reward",
+            f"18:13: stages.ppo.policy: stage 'ppo' comes later; {LATER}",
+        ),
+        (
+            "policy: sft\n    reward",
+            "policy: pairs\n    reward",
+            f"18:13: stages.ppo.policy: 'pairs' is a stage of kind annotate, {NEEDS}",
+        ),
         ("init: sft", "init: pairs", f"14:11: stages.rm.init: 'pairs' is a stage of kind annotate, {NEEDS}"),
-        ("data: {stage: pairs}\n  - name: ppo", "data: {stage: sft}\n  - name: ppo", "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, but one of kind annotate is needed here"),
-        ("data: {stage: pairs}\n  - name: duel", "data: {stage: base}\n  - name: duel", "28:19: stages.dpo.data.stage: 'base' is the base model, but one of kind annotate is needed here"),
-        ("reward: {kind: model, stage: rm}\n    prompts", "reward: {kind: model, stage: sft}\n    prompts", "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, but one of kind reward is needed here"),
-        ("[sft, ppo, dpo]", "[sft, rm, dpo]", f"31:23: stages.duel.candidates[1]: 'rm' is a stage of kind reward, {NEEDS}"),
+        (
+            "data: {stage: pairs}\n  - name: ppo",
+            "data: {stage: sft}\n  - name: ppo",
+            "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, but one of kind annotate is needed here",
+        ),
+        (
+            "data: {stage: pairs}\n  - name: duel",
+            "data: {stage: base}\n  - name: duel",
+            "28:19: stages.dpo.data.stage: 'base' is the base model, but one of kind annotate is needed here",
+        ),
+        (
+            "reward: {kind: model, stage: rm}\n    prompts",
+            "reward: {kind: model, stage: sft}\n    prompts",
+            "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, but one of kind reward is needed here",
+        ),
+        (
+            "[sft, ppo, dpo]",
+            "[sft, rm, dpo]",
+            f"31:23: stages.duel.candidates[1]: 'rm' is a stage of kind reward, {NEEDS}",
+        ),
         ("[sft, ppo, dpo]", "[sft, ppo, sft]", "31:28: stages.duel.candidates[2]: 'sft' is there twice"),
         ("baseline: sft", "baseline: base", "32:15: stages.duel.baseline: 'base' is not among the candidates"),
         ("name: dpo", "name: ppo", "25:11: stages.ppo.name: two stages are named 'ppo'"),
         ("name: dpo", "name: base", "25:11: stages.base.name: 'base' is reserved for the model the recipe starts from"),
-        ("minibatch_size: 6", "minibatch_size: 17", "24:21: stages.ppo.minibatch_size: must be at most prompts_per_step * samples_per_prompt = 16, got 17"),
-        ("dtype: float32", "trust_remote_code: true", "2:50: model.trust_remote_code: runs code from the hub, so it needs a pinned `revision` beside it"),
-        ("stages:\n", "roles: {policy: {gpus: 1.5}}\nstages:\n", "3:24: roles.policy.gpus: must be whole above 1, got 1.5"),
-        ("stages:\n", "roles: {rollout: {gpus: 1, tensor_parallel: 2}}\nstages:\n", "3:25: roles.rollout.gpus: tensor_parallel: 2 needs gpus: 2 for each replica, got 1"),
-        ("stages:\n", "lora: full\nroles: {reference: {share: policy}}\nstages:\n", "4:28: roles.reference.share: stage 'ppo' trains all weights, so the policy cannot also be its own reference; leave `share` out or train with LoRA"),
+        (
+            "minibatch_size: 6",
+            "minibatch_size: 17",
+            "24:21: stages.ppo.minibatch_size: must be at most prompts_per_step * samples_per_prompt = 16, got 17",
+        ),
+        (
+            "stages:\n",
+            "roles: {policy: {gpus: 1.5}}\nstages:\n",
+            "3:24: roles.policy.gpus: must be whole above 1, got 1.5",
+        ),
+        (
+            "stages:\n",
+            "roles: {rollout: {gpus: 1, tensor_parallel: 2}}\nstages:\n",
+            "3:25: roles.rollout.gpus: tensor_parallel: 2 needs gpus: 2 for each replica, got 1",
+        ),
+        (
+            "stages:\n",
+            "lora: full\nroles: {reference: {share: policy}}\nstages:\n",
+            "4:28: roles.reference.share: stage 'ppo' trains all weights, so the policy cannot also be "
+            "its own reference; leave `share` out or train with LoRA",
+        ),
     ],
-)  # fmt: skip
+)
 def test_findings_have_positions(folder, text, old, new, expected):
     assert old in text
     with pytest.raises(RecipeError) as caught:
@@ -45,7 +93,6 @@ def test_findings_have_positions(folder, text, old, new, expected):
         ("policy: sft\n    reward", "policy: base\n    reward"),
         ("[sft, ppo, dpo]", "[base, sft, dpo]"),
         ("minibatch_size: 6", "minibatch_size: 16"),
-        ("dtype: float32", "trust_remote_code: true, revision: abc"),
         ("stages:\n", "roles: {policy: {gpus: 0.5}, rollout: {gpus: 2, tensor_parallel: 2}}\nstages:\n"),
         ("stages:\n", "roles: {reference: {share: policy}}\nstages:\n"),
     ],

@@ -17,7 +17,11 @@ def message(folder, text, *overrides):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("    steps: 3", "    setps: 3\n    steps: 3", "recipe.yaml:21:5: stages.ppo.setps: unknown key (did you mean steps?)"),
+        (
+            "    steps: 3",
+            "    setps: 3\n    steps: 3",
+            "recipe.yaml:21:5: stages.ppo.setps: unknown key (did you mean steps?)",
+        ),
         ("    init: sft", "    zzz: 1", "recipe.yaml:14:5: stages.rm.zzz: unknown key"),
         (
             "prompts.jsonl}\n    judge",
@@ -30,26 +34,73 @@ def message(folder, text, *overrides):
         ("steps: 3", "steps: true", "recipe.yaml:21:12: stages.ppo.steps: must be a whole number, got true"),
         ("steps: 3", "steps:", "recipe.yaml:21:5: stages.ppo.steps: must be a whole number, got null"),
         ("    steps: 3\n", "", "recipe.yaml:16:5: stages.ppo.steps: required but missing"),
-        ("kind: reward", "kind: rewrad", "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'annotate', 'reward', 'ppo', 'dpo', 'compare', got 'rewrad' (did you mean reward?)"),
+        (
+            "kind: reward",
+            "kind: rewrad",
+            "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'annotate', 'reward', 'ppo', "
+            "'dpo', 'compare', got 'rewrad' (did you mean reward?)",
+        ),
         ("    kind: reward\n", "", "recipe.yaml:12:5: stages.rm.kind: required but missing"),
-        ("dtype: float32", "dtype: float16", "recipe.yaml:2:38: model.dtype: must be 'bfloat16' or 'float32', got 'float16' (did you mean bfloat16?)"),
-        ("name: trial", "name: trial\nlora: ful", "recipe.yaml:2:7: lora: must be a mapping of keys or 'full', got 'ful' (did you mean full?)"),
+        (
+            "dtype: float32",
+            "dtype: float16",
+            "recipe.yaml:2:38: model.dtype: must be 'bfloat16' or 'float32', got 'float16' (did you mean bfloat16?)",
+        ),
+        (
+            "name: trial",
+            "name: trial\nlora: ful",
+            "recipe.yaml:2:7: lora: must be a mapping of keys or 'full', got 'ful' (did you mean full?)",
+        ),
         ("name: trial", "name: trial\nlora: {rr: 1}", "recipe.yaml:2:8: lora.rr: unknown key (did you mean r?)"),
         ("name: trial", "name: trial\nlora: {r: 0}", "recipe.yaml:2:11: lora.r: must be greater than 0, got 0"),
-        ("name: trial", "name: trial\nlora: {target_modules: 3}", "recipe.yaml:2:24: lora.target_modules: must be 'all-linear' or a list, got 3"),
-        ("name: trial", "name: trial\nlora: {target_modules: [q, 3]}", "recipe.yaml:2:28: lora.target_modules[1]: must be text, got 3"),
-        ("name: sft\n    kind: sft", "name: SFT 1\n    kind: sft", "recipe.yaml:4:11: stages.SFT 1.name: must be lower-case letters, digits, - and _, starting with a letter, got 'SFT 1'"),
-        ('path: "rewards.py:score"}\n  - name: rm', "path: rewards.py}\n  - name: rm", "recipe.yaml:11:35: stages.pairs.judge.path: must be file.py:function, relative to the recipe, got 'rewards.py'"),
-        ("data: {path: data/sft.jsonl}", "data: {stage: pairs}", "recipe.yaml:6:12: stages.sft.data.stage: not possible here, use one of 'path', 'hub'"),
-        ("candidates: [sft, ppo, dpo]", "candidates: [sft]", "recipe.yaml:31:17: stages.duel.candidates: must be a list of 2 or more, got [\"sft\"]"),
+        (
+            "name: trial",
+            "name: trial\nlora: {target_modules: 3}",
+            "recipe.yaml:2:24: lora.target_modules: must be 'all-linear' or a list, got 3",
+        ),
+        (
+            "name: trial",
+            "name: trial\nlora: {target_modules: [q, 3]}",
+            "recipe.yaml:2:28: lora.target_modules[1]: must be text, got 3",
+        ),
+        (
+            "name: sft\n    kind: sft",
+            "name: SFT 1\n    kind: sft",
+            "recipe.yaml:4:11: stages.SFT 1.name: must be lower-case letters, digits, - and _, "
+            "starting with a letter, got 'SFT 1'",
+        ),
+        (
+            'path: "rewards.py:score"}\n  - name: rm',
+            "path: rewards.py}\n  - name: rm",
+            "recipe.yaml:11:35: stages.pairs.judge.path: must be file.py:function, relative to the "
+            "recipe, got 'rewards.py'",
+        ),
+        (
+            "data: {path: data/sft.jsonl}",
+            "data: {stage: pairs}",
+            "recipe.yaml:6:12: stages.sft.data.stage: not possible here, use one of 'path', 'hub'",
+        ),
+        (
+            "candidates: [sft, ppo, dpo]",
+            "candidates: [sft]",
+            'recipe.yaml:31:17: stages.duel.candidates: must be a list of 2 or more, got ["sft"]',
+        ),
         ("name: trial\n", "", "recipe.yaml:1:1: name: required but missing"),
         ("data/sft.jsonl", "data/stf.jsonl", "recipe.yaml:6:18: stages.sft.data.path: file not found: data/stf.jsonl"),
         ("data/sft.jsonl", "data", "recipe.yaml:6:18: stages.sft.data.path: a folder, not a file: data"),
-        ('path: "rewards.py:score"}\n  - name: rm', 'path: "rewrads.py:score"}\n  - name: rm', "recipe.yaml:11:35: stages.pairs.judge.path: file not found: rewrads.py"),
+        (
+            'path: "rewards.py:score"}\n  - name: rm',
+            'path: "rewrads.py:score"}\n  - name: rm',
+            "recipe.yaml:11:35: stages.pairs.judge.path: file not found: rewrads.py",
+        ),
         ('"tiny://llama"', "./model", "recipe.yaml:2:15: model.path: folder not found: ./model"),
-        ('"tiny://llama"', "hub/id, chat_template: t.jinja", "recipe.yaml:2:38: model.chat_template: file not found: t.jinja"),
+        (
+            '"tiny://llama"',
+            "hub/id, chat_template: t.jinja",
+            "recipe.yaml:2:38: model.chat_template: file not found: t.jinja",
+        ),
     ],
-)  # fmt: skip
+)
 def test_schema_errors(folder, text, old, new, expected):
     assert old in text
     assert message(folder, text.replace(old, new, 1)) == expected
@@ -86,8 +137,14 @@ def test_at_most_six_lines(folder, text):
         ("name: *x\n", "recipe.yaml:1:7: not valid YAML: found undefined alias 'x'"),
         ("a: 1\n---\nb: 1\n", "recipe.yaml:2:1: not valid YAML: but found another document"),
         ("name: a\x07b\n", "recipe.yaml:1:8: not valid YAML: character U+0007"),
-        ("name: 2024-01-01\n", "recipe.yaml:1:7: only text, numbers, true, false and null are allowed; quote this value"),
-        ("name: !!python/name:os.system x\n", "recipe.yaml:1:7: only text, numbers, true, false and null are allowed; quote this value"),
+        (
+            "name: 2024-01-01\n",
+            "recipe.yaml:1:7: only text, numbers, true, false and null are allowed; quote this value",
+        ),
+        (
+            "name: !!python/name:os.system x\n",
+            "recipe.yaml:1:7: only text, numbers, true, false and null are allowed; quote this value",
+        ),
         ("name: a\nseed: .inf\n", "recipe.yaml:2:7: numbers must be finite and below 2**63"),
         ("name: a\nseed: 1e999\n", "recipe.yaml:2:7: numbers must be finite and below 2**63"),
         ("name: a\nseed: .nan\n", "recipe.yaml:2:7: numbers must be finite and below 2**63"),
@@ -96,7 +153,7 @@ def test_at_most_six_lines(folder, text):
         ("name: a\n1: b\n", "recipe.yaml:2:1: keys must be text, got 1"),
         ("a: " + "[" * 60 + "]" * 60, "recipe.yaml:1:53: nested deeper than 50 levels"),
     ],
-)  # fmt: skip
+)
 def test_not_a_recipe(folder, text, expected):
     assert message(folder, text) == expected
 
@@ -149,14 +206,18 @@ def test_missing_folder_and_oversized_recipe(folder):
         ("name.x=1", "--set name.x: 'x' cannot be set inside the value 'trial'"),
         ("stages.duel.candidates.0=sft", "--set stages.duel.candidates.0: a list is set as a whole: [a, b]"),
         ("stages.sft.data.path=no.jsonl", "--set stages.sft.data.path: file not found: no.jsonl"),
-        ("stages.ppo.policy=rm", "--set stages.ppo.policy: 'rm' is a stage of kind reward, but one of kind base, sft, ppo or dpo is needed here"),
+        (
+            "stages.ppo.policy=rm",
+            "--set stages.ppo.policy: 'rm' is a stage of kind reward, but one of kind base, sft, ppo "
+            "or dpo is needed here",
+        ),
         ("seed", "--set seed: must look like stages.ppo.kl_coef=0.05"),
         ("=3", "--set =3: must look like stages.ppo.kl_coef=0.05"),
         ("a..b=3", "--set a..b=3: must look like stages.ppo.kl_coef=0.05"),
         ("seed=[1", "--set seed: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed=", "--set seed: must be a whole number, got null"),
     ],
-)  # fmt: skip
+)
 def test_bad_overrides(folder, text, override, expected):
     assert message(folder, text, override) == expected
 

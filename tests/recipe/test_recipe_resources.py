@@ -67,7 +67,7 @@ def test_threads_never_oversubscribe_what_runs_together(folder, text):
         "rm": {"reward": 8},
         "ppo": {"policy": 4, "reference": 4, "reward": 4, "critic": 4, "rollout": 8},
         "dpo": {"policy": 8},
-        "duel": {"policy": 4, "reward": 4, "rollout": 8},
+        "duel": {"policy": 8, "reward": 8, "rollout": 8},
     }
     assert set(threads(recipe, recipe.stages[3], 1).values()) == {1}
 
