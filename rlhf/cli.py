@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_LINES = 6
 INTERRUPTED = 130
+TERMINATED = 143
+UNEXPECTED = 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,6 +48,13 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            click.echo(f"error: unexpected {type(error).__name__}: {error}; --debug shows the traceback", err=True)
+            sys.exit(UNEXPECTED)
 
     return wrapper
 
@@ -69,6 +80,8 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="The run folder.")
 def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
     """Run the stages of RECIPE; stages that are done and unchanged are reused."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from dataclasses import replace
 
     from rlhf.recipe.resources import check_fits, local_resources

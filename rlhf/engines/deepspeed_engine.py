@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         self.engine.destroy()
 
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
-        scale = self.ranks / objective.count(batch)
+        total = objective.count(batch)
         passes = rank_shares(batch.lengths(), self.ranks, self.max_tokens)[self.rank]
         shortest = int(batch.lengths().argmin())
         metrics = Metrics()
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
             self.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
             loss = self.engine(objective, batch.select(rows or [shortest]).trim())
             # ZeRO reduces in every pass, so a rank without rows joins in with a gradient of nothing.
-            self.engine.backward(loss * (scale if rows else 0.0))
+            self.engine.backward(loss * (self.ranks if rows else 0.0) / total)
             measured = self.whole.metrics
             metrics = metrics.merge(measured if rows else Metrics(dict.fromkeys(measured, (0.0, 0.0))))
         return metrics

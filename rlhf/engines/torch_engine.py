@@ -71,6 +71,6 @@ class TorchEngine:
 
 
 def step_metrics(norm: float) -> Metrics:
-    """Return the metrics of a step by its global gradient norm before clipping; a step that is not finite is skipped."""
+    """Return the metrics of a step by its gradient norm before clipping; a norm that is not finite means: skipped."""
     finite = math.isfinite(norm)
     return Metrics.of(1, grad_norm=norm if finite else 0.0, skipped_steps=0.0 if finite else 1.0)

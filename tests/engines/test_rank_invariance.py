@@ -15,8 +15,11 @@ from cases import HEAD_RATE, OPTIMIZER, build_model, largest_change
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 from torch import Tensor
 
+from rlhf.engines.deepspeed_engine import DeepSpeedEngine, rank_shares
 from rlhf.engines.torch_engine import TorchEngine
+from rlhf.errors import RecipeError
 
+Sums = dict[str, tuple[float, float]]
 WORKER = Path(__file__).with_name("rank_worker.py")
 TIMEOUT_S = 240
 
