@@ -67,6 +67,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     @reports_errors
     @functools.wraps(command)
     def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
         from rlhf.recipe.load import load_recipe
 
         command(load_recipe(recipe, overrides), **arguments)
@@ -80,7 +81,6 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="The run folder.")
 def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
     """Run the stages of RECIPE; stages that are done and unchanged are reused."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from dataclasses import replace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.types import Prompt, Rollout
+from rlhf.types import Rollout
 
 
 def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -41,28 +41,24 @@ def save(model: PreTrainedModel, like: Path, folder: Path) -> Path:
     return folder
 
 
+def differences(model: PreTrainedModel, rollouts: Sequence[Rollout], temperature: float = 1.0) -> torch.Tensor:
+    """Return |engine - transformers| of the log-probability of every sampled token."""
+    return torch.cat([_difference(model, rollout, temperature) for rollout in rollouts])
+
+
+def is_greedy(model: PreTrainedModel, rollout: Rollout) -> bool:
+    """Return whether each token is the most likely one after those before it: what greedy decoding would give."""
+    return _logits(model, rollout).argmax(-1).tolist() == list(rollout.tokens)
+
+
+def _difference(model: PreTrainedModel, rollout: Rollout, temperature: float) -> torch.Tensor:
+    logprobs = (_logits(model, rollout) / temperature).log_softmax(-1)
+    return (logprobs.gather(1, torch.tensor(rollout.tokens)[:, None]).squeeze(1) - torch.tensor(rollout.logprobs)).abs()
+
+
 @torch.no_grad()
-def logprobs(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
-    """Return transformers' log-probabilities of a rollout's tokens, `[len(tokens)]` float32."""
+def _logits(model: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """Return the logits that predict the rollout's tokens, `[len(tokens), V]` float32; no cache, so none is stale."""
     start = len(rollout.prompt.tokens)
     tokens = torch.tensor([[*rollout.prompt.tokens, *rollout.tokens]])
-    logits = model(tokens).logits[0, start - 1 : -1].float() / temperature
-    return logits.log_softmax(-1).gather(1, tokens[0, start:, None]).squeeze(1)
-
-
-def differences(model: PreTrainedModel, rollouts: Sequence[Rollout], temperature: float = 1.0) -> torch.Tensor:
-    """Return |engine - transformers| of every sampled token."""
-    return torch.cat([(logprobs(model, r, temperature) - torch.tensor(r.logprobs)).abs() for r in rollouts])
-
-
-@torch.no_grad()
-def greedy(model: PreTrainedModel, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
-    """Return the most likely continuation, token by token with no cache, so that nothing can be stale."""
-    end = model.generation_config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    tokens = list(prompt.tokens)
-    for _ in range(max_tokens):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        if tokens[-1] in ends:
-            break
-    return tuple(tokens[len(prompt.tokens) :])
+    return model(tokens).logits[0, start - 1 : -1].float()

@@ -17,10 +17,10 @@ from rlhf.types import TokenBatch, TokenScores
 def response_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor, slice]:
     """Return logits `[B, K, V]`, their target tokens `[B, K]` and the columns of `[B, T]` they are about.
 
-    Only the span of columns that holds response tokens goes through the language-model head.
+    Only the span of columns that holds response tokens goes through the language-model head; K is 0 without any.
     """
-    columns = batch.response_mask.any(dim=0).nonzero().flatten()
-    span = slice(max(int(columns[0]), 1), int(columns[-1]) + 1)
+    columns = batch.response_mask[:, 1:].any(dim=0).nonzero().flatten() + 1
+    span = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(1, 1)
     keep = torch.arange(span.start - 1, span.stop - 1, device=batch.tokens.device)
     out = model(
         input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), logits_to_keep=keep, use_cache=False

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from rollout_oracle import differences, greedy, open_model, perturb, save, sharpen
+from rollout_oracle import differences, is_greedy, open_model, perturb, save, sharpen
 from transformers import PreTrainedModel
 
 from actors.rollout import RayRollout, RolloutActor
@@ -79,7 +79,7 @@ def test_every_engine_serves_and_acknowledges_what_was_published(replicas, model
             assert differences(model, rollouts).max() < 5e-5
             assert differences(open_model(folder), rollouts).mean() > 0.1
             best = generate(replica, Sampling(16, temperature=0))[::2]
-            assert [rollout.tokens for rollout in best] == [greedy(model, prompt, 16) for prompt in PROMPTS]
+            assert all(is_greedy(model, rollout) for rollout in best)
 
 
 def test_publishes_from_another_actor_and_loads_a_folder_back(replicas, folder, tmp_path):
@@ -202,5 +202,5 @@ def test_a_real_model_agrees_after_an_update(local_ray, real_folder):
     assert receipt.bytes == 134_515_008 * 4
     rollouts = best()
     assert differences(model, rollouts).max() < 1e-4
-    assert [rollout.tokens for rollout in rollouts] == [greedy(model, prompt, 12) for prompt in prompts]
+    assert all(is_greedy(model, rollout) for rollout in rollouts)
     ray.kill(replica)

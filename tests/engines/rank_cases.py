@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cases import CASES, token_batch
+from engine_cases import CASES, token_batch
 from torch import Tensor, nn
 
 from rlhf.engines.base import TrainEngine

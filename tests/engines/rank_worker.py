@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cases import HEAD_RATE, OPTIMIZER, build_model
+from engine_cases import HEAD_RATE, OPTIMIZER, build_model
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 
 from rlhf.engines import deepspeed_engine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import HEAD_RATE, OPTIMIZER, build_model, largest_change
+from engine_cases import HEAD_RATE, OPTIMIZER, build_model, largest_change
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 from torch import Tensor
 

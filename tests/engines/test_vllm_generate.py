@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollout_oracle import differences, greedy, open_model, perturb, save, sharpen
+from rollout_oracle import differences, is_greedy, open_model, perturb, save, sharpen
 from transformers import LlamaConfig
 
 from rlhf.engines.base import RolloutSpec
@@ -122,7 +122,7 @@ def test_load_serves_the_new_weights_and_forgets_the_old_keys(engine, folders):
         assert differences(model, rollouts).max() < TOLERANCE
         assert differences(open_model(folders[0]), rollouts).mean() > 0.1
         best = engine.generate(PROMPTS, Sampling(16, temperature=0), [[0]] * 4)
-        assert [rollout.tokens for rollout in best] == [greedy(model, prompt, 16) for prompt in PROMPTS]
+        assert all(is_greedy(model, rollout) for rollout in best)
     engine.load(folders[0], 6)
     assert [rollout.tokens for rollout in draw(engine)] == [rollout.tokens for rollout in before]
 

@@ -1,0 +1,70 @@
+"""Cutting batches: every row once, within the budget, shared padding dropped."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from engine_cases import experience, preference_batch, random_tokens, token_batch
+
+from rlhf.engines.microbatch import micro_batches, token_budget
+
+
+def test_longest_rows_stand_together() -> None:
+    lengths = torch.tensor([3, 10, 4, 9, 3])
+    assert token_budget(lengths, 20) == [[1, 3], [2, 0, 4]]
+    assert token_budget(lengths, 12) == [[1], [3], [2, 0, 4]]
+    assert token_budget(lengths, 5) == [[1], [3], [2], [0], [4]]
+    assert token_budget(lengths, 50) == [[1, 3, 2, 0, 4]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_row_once_and_within_the_budget(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 100, (int(torch.randint(1, 60, (1,), generator=generator)),), generator=generator)
+    budget = int(torch.randint(1, 600, (1,), generator=generator))
+    groups = token_budget(lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[group]) <= budget
+    for group, following in pairwise(groups):
+        assert min(lengths[group]) >= max(lengths[following])
+        assert (len(group) + 1) * max(lengths[group]) > budget
+
+
+def test_equal_lengths_keep_their_order() -> None:
+    assert token_budget(torch.tensor([5, 5, 5, 5]), 10) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("make", [token_batch, experience, preference_batch])
+def test_passes_are_the_chosen_rows_without_shared_padding(make) -> None:
+    batch = make()
+    seen = []
+    for rows, part in micro_batches(batch, 30):
+        seen += rows
+        assert len(part) == len(rows)
+        assert torch.equal(part.lengths(), batch.lengths()[rows])
+        for cut, whole in tensors(part, batch):
+            kept = whole[rows][:, : cut.shape[1]] if cut.ndim == 2 else whole[rows]
+            assert torch.equal(cut, kept)
+            assert not whole[rows][:, cut.shape[1] :].any() if cut.ndim == 2 else True
+    assert sorted(seen) == list(range(len(batch)))
+
+
+def tensors(part, whole):
+    for name, value in vars(part).items():
+        if isinstance(value, torch.Tensor):
+            yield value, getattr(whole, name)
+        else:
+            yield from tensors(value, getattr(whole, name))
+
+
+def test_width_is_that_of_the_longest_row_of_the_pass() -> None:
+    batch = random_tokens(1, [4, 12, 6, 5], [1, 1, 1, 1])
+    assert [(rows, part.width) for rows, part in micro_batches(batch, 12)] == [([1], 12), ([2, 3], 6), ([0], 4)]
+
+
+def test_a_pair_costs_its_longer_side_twice() -> None:
+    batch = preference_batch()
+    assert batch.lengths().tolist() == [24, 28, 12, 22, 18]
+    widths = [(part.chosen.width, part.rejected.width) for _, part in micro_batches(batch, 28)]
+    assert widths == [(14, 8), (9, 12), (11, 5), (7, 9), (5, 6)]
