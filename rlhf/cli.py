@@ -141,3 +141,7 @@ def schema() -> None:
     from rlhf.recipe.schema import Recipe
 
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

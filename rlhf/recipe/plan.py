@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf.recipe.duration import estimate_seconds, matmul_rate
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
 from rlhf.recipe.resources import Resources, RoleName, adapters, processes, threads, wanted
@@ -46,7 +47,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run; `processes` maps each role to where it runs, in words."""
+    """A run; `processes` maps each role to where it runs, in words; `seconds` is a rough duration, where known."""
 
     name: str
     backend: str
@@ -56,6 +57,7 @@ class Plan:
     processes: dict[str, str]
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
+    seconds: float | None
 
 
 def make_plan(loaded: LoadedRecipe, resources: Resources) -> Plan:
@@ -77,15 +79,24 @@ def make_plan(loaded: LoadedRecipe, resources: Resources) -> Plan:
         processes=_places(recipe),
         stages=stages,
         warnings=tuple(_warnings(recipe, stages, resources)),
+        seconds=_seconds(recipe, shape.parameters),
     )
 
 
+def _seconds(recipe: Recipe, parameters: int) -> float | None:
+    """Return the estimate for this machine; a cluster's speed is not known from here."""
+    if recipe.ray.address is not None:
+        return None
+    return estimate_seconds(recipe, parameters, matmul_rate(recipe.model.dtype))
+
+
 def headline(plan: Plan) -> str:
-    """Return the first line of a run: its stages, and which role runs where."""
+    """Return the first line of a run: its stages, which role runs where, and how long it may take."""
     stages = " -> ".join(_title(stage) for stage in plan.stages)
     roles = ", ".join(f"{name} {place}" for name, place in plan.processes.items())
     backend = "on Ray" if plan.backend == "ray" else "in this process"
-    return f"{plan.name}: {stages}; {backend}: {roles}"
+    duration = "" if plan.seconds is None else f"; roughly {max(1, round(plan.seconds / 60))} min"
+    return f"{plan.name}: {stages}; {backend}: {roles}{duration}"
 
 
 def render_plan(plan: Plan) -> RenderableType:

@@ -29,6 +29,7 @@ from rlhf.types import Prompt, Sampling
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 DEADLINE_S = 120.0
+SIXTEEN = Sampling(16)
 PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") for n in (5, 150, 9)]
 
 
@@ -60,7 +61,7 @@ def model(folder: Path) -> PreTrainedModel:
     return perturb(open_model(folder), seed=1, noise=0.5)
 
 
-def generate(replica: Any, sampling: Sampling = Sampling(16)) -> list:
+def generate(replica: Any, sampling: Sampling = SIXTEEN) -> list:
     return ray.get(replica.generate.remote(PROMPTS, sampling, [[1, 2]] * len(PROMPTS)), timeout=DEADLINE_S)
 
 

@@ -83,7 +83,7 @@ CASES = {
 }
 
 
-def build_model(folder: Path, kind: str, lora: bool, dtype: str = "float32") -> nn.Module:
+def build_model(folder: Path, kind: Literal["causal", "scalar"], lora: bool, dtype: str = "float32") -> nn.Module:
     model = load_causal(folder, dtype) if kind == "causal" else load_scalar(folder, dtype, seed=1)
     return add_lora(model, Lora(r=4, alpha=8), kind, seed=1) if lora else model
 

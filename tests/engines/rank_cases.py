@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from engine_cases import CASES, token_batch
@@ -81,11 +81,9 @@ def parameters(module: nn.Module, gathered: Callable[..., AbstractContextManager
 
 def poisoned(batch: Experience) -> Experience:
     """One infinite advantage: it reaches one rank only, and both must skip the step."""
-    advantages = batch.advantages.clone()
-    advantages[1, 8] = float("inf")
-    returns = batch.returns.clone()
-    returns[1, 8] = float("inf")
-    return type(batch)(**vars(batch) | {"advantages": advantages, "returns": returns})
+    bad = replace(batch, advantages=batch.advantages.clone(), returns=batch.returns.clone())
+    bad.advantages[1, 8] = bad.returns[1, 8] = float("inf")
+    return bad
 
 
 def score(module: nn.Module, case: RankCase, max_tokens: int) -> Tensor:

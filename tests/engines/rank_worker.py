@@ -1,10 +1,9 @@
 """One rank of two: `rank_worker.py MODEL_FOLDER JOB_FOLDER RANK` runs every case of `rank_cases` with DeepSpeed.
 
-Writes to `JOB_FOLDER/<case>-<rank>.pt`. The ranks meet at a file, so no port is taken.
+Writes to `JOB_FOLDER/<case>-<rank>.pt`. The engine joins the ranks that the environment names.
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,9 +29,6 @@ def main() -> None:
     folder, job, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     deepspeed_engine.WHOLE_BELOW = 0  # Or ZeRO-3 would leave every parameter of so small a model whole.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{job}/ranks", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
     for case in RANK_CASES:
         torch.save(run(case, folder), job / f"{case}-{rank}.pt")
     dist.destroy_process_group()

@@ -1,12 +1,15 @@
 """Cutting batches: every row once, within the budget, shared padding dropped."""
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
 import torch
 from engine_cases import experience, preference_batch, random_tokens, token_batch
+from torch import Tensor
 
 from rlhf.engines.microbatch import micro_batches, token_budget
+from rlhf.types import Rows
 
 
 def test_longest_rows_stand_together() -> None:
@@ -36,7 +39,7 @@ def test_equal_lengths_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("make", [token_batch, experience, preference_batch])
-def test_passes_are_the_chosen_rows_without_shared_padding(make) -> None:
+def test_passes_are_the_chosen_rows_without_shared_padding(make: Callable[[], Rows]) -> None:
     batch = make()
     seen = []
     for rows, part in micro_batches(batch, 30):
@@ -50,9 +53,10 @@ def test_passes_are_the_chosen_rows_without_shared_padding(make) -> None:
     assert sorted(seen) == list(range(len(batch)))
 
 
-def tensors(part, whole):
+def tensors(part: Rows, whole: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor of both batches, nested ones too."""
     for name, value in vars(part).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             yield value, getattr(whole, name)
         else:
             yield from tensors(value, getattr(whole, name))

@@ -2,12 +2,14 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,20 +23,22 @@ from rlhf.errors import RecipeError
 
 Sums = dict[str, tuple[float, float]]
 WORKER = Path(__file__).with_name("rank_worker.py")
-TIMEOUT_S = 240
+TIMEOUT_S = 400
 
 
 @pytest.fixture(scope="module")
 def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the outcomes of both ranks: one pair of processes runs all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     workers, logs = [], [folder / f"log-{rank}.txt" for rank in (0, 1)]
     try:
         for rank, log in enumerate(logs):
             command = [sys.executable, str(WORKER), str(tiny_folder), str(folder), str(rank)]
-            ranked = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            workers.append(subprocess.Popen(command, env=ranked, stdout=log.open("w"), stderr=subprocess.STDOUT))
+            environment = os.environ | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONWARNINGS": "ignore"}
+            workers.append(subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT))
         codes = [worker.wait(TIMEOUT_S) for worker in workers]
     finally:
         for worker in workers:
@@ -44,11 +48,11 @@ def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_rank(tiny_folder: Path) -> Callable[[str, bool, str], Outcome]:
+def one_rank(tiny_folder: Path) -> Callable[..., Outcome]:
     """What TorchEngine does on the whole batch in one pass."""
 
     @cache
-    def run(objective: str, lora: bool, dtype: str) -> Outcome:
+    def run(objective: str, lora: bool, dtype: Literal["float32", "bfloat16"]) -> Outcome:
         case = RankCase(objective, 0, lora, dtype)
         module = build_model(tiny_folder, case.kind, lora, dtype)
         engine = TorchEngine(module, OPTIMIZER, HEAD_RATE, max_tokens=10**6)

@@ -201,5 +201,5 @@ def test_folder_weights_reads_all_shards(tmp_path):
 
 
 def test_folder_without_weights_is_an_error(tmp_path):
-    with pytest.raises(RecipeError, match="no \\*.safetensors"):
+    with pytest.raises(RecipeError, match=r"no \*\.safetensors"):
         list(folder_weights(tmp_path))

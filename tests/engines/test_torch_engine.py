@@ -43,9 +43,8 @@ def padded(batch: Any, columns: int) -> Any:
         if isinstance(value, TokenBatch):
             changed[item.name] = padded(value, columns)
         elif value.ndim == 2:
-            wide = nn.functional.pad(value, (0, columns))
             real = nn.functional.pad(batch.batch.attention_mask, (0, columns))
-            changed[item.name] = wide.masked_fill(~real, float("nan"))
+            changed[item.name] = nn.functional.pad(value, (0, columns)).masked_fill(~real, float("nan"))
     return replace(batch, **changed)
 
 
@@ -171,11 +170,12 @@ class Slope:
         return float(len(batch))
 
     def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        loss = len(batch) * self.slope * model.weight.float().sum()
+        weights = torch.cat([p.float().flatten() for p in model.parameters()])
+        loss = len(batch) * self.slope * weights.sum()
         return loss, Metrics.of(len(batch), loss=loss.detach())
 
 
-def weight(start: float, dtype: torch.dtype) -> nn.Module:
+def weight(start: float, dtype: torch.dtype) -> nn.Linear:
     model = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(model.weight, start)
     return model
@@ -205,7 +205,7 @@ def test_gradient_is_clipped_by_its_norm_and_reported_before() -> None:
 
 
 def test_weight_decay_and_betas_are_the_recipes() -> None:
-    """AdamW by hand: decay 0.1 at rate 0.5 leaves 0.95 of 1; with betas of 0 every step is then 0.5 against the sign."""
+    """AdamW by hand: decay 0.1 at rate 0.5 leaves 0.95 of 1; with betas of 0 every step is 0.5 against the sign."""
     model = weight(1.0, torch.float32)
     settings = Optimizer(learning_rate=0.5, weight_decay=0.1, betas=(0.0, 0.0), max_grad_norm=100)
     engine = TorchEngine(model, settings, None, 24)

@@ -22,6 +22,7 @@ from rlhf.types import Prompt, Rollout, Sampling
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 5e-5
+SIXTEEN = Sampling(16)
 # The second and fourth are longer than a block of the KV cache (128 tokens).
 PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") for n in (5, 150, 9, 200)]
 
@@ -61,7 +62,7 @@ def engine(started: VllmEngine, folders: list[Path]) -> VllmEngine:
     return started
 
 
-def draw(engine: VllmEngine, sampling: Sampling = Sampling(16), seeds: tuple[int, ...] = (1, 2)) -> list[Rollout]:
+def draw(engine: VllmEngine, sampling: Sampling = SIXTEEN, seeds: tuple[int, ...] = (1, 2)) -> list[Rollout]:
     return engine.generate(PROMPTS, sampling, [list(seeds)] * len(PROMPTS))
 
 

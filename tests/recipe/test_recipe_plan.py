@@ -82,11 +82,12 @@ def test_headline(folder, text):
     plan = make_plan(
         folder.load(text, "roles.reference.share=policy", "roles.critic.gpus=0.5", "roles.rollout.replicas=2"), MACHINE
     )
-    assert headline(plan) == (
+    assert headline(replace(plan, seconds=None)) == (
         "trial: sft -> pairs (annotate) -> rm (reward) -> ppo -> dpo -> duel (compare); on Ray: "
         "policy CPU, reward CPU, critic 0.5 GPU, rollout 2 x CPU (vllm), reference in policy"
     )
     assert "; in this process: policy CPU" in headline(replace(plan, backend="local"))
+    assert headline(replace(plan, seconds=610.0)).endswith("; roughly 10 min")
 
 
 def test_plan_of_the_tiny_model(folder, text):

@@ -1,0 +1,111 @@
+"""How long a run may take on this machine: counted floating-point operations over a measured rate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.resources import adapters, processes
+from rlhf.recipe.schedule import row_count
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, DpoStage, PpoStage, RewardStage, SftStage, Stage
+
+BYTES_PER_TOKEN = 6  # of a jsonl line, its keys and quotes included
+FILLED = 0.7  # of max_response_tokens, in the mean
+TRAINING, SCORING, GENERATING = 0.25, 0.35, 0.1  # shares of the matrix-product rate that each kind of pass reaches
+PROCESS_S, STAGE_S = 12.0, 5.0
+PROBE_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that go through a model: forward and backward, forward only, and one by one."""
+
+    trained: float = 0
+    scored: float = 0
+    generated: float = 0
+
+
+def estimate_seconds(recipe: Recipe, parameters: int, rate: float) -> float | None:
+    """Return a rough duration (within a factor of two or so), or None where a data file cannot be counted.
+
+    A token costs 2N operations forward and as many again for each of the gradients by activations and, without LoRA,
+    by weights (Kaplan et al. 2020, section 2.1); `rate` is `matmul_rate`.
+    """
+    seconds = PROCESS_S * len(processes(recipe)) if recipe.backend == "ray" else PROCESS_S
+    for stage in recipe.stages:
+        work = stage_work(recipe, stage)
+        if work is None:
+            return None
+        passes = 4 if adapters(recipe, getattr(stage, "lora", None)) else 6
+        terms = ((work.trained, passes, TRAINING), (work.scored, 2, SCORING), (work.generated, 2, GENERATING))
+        seconds += STAGE_S + sum(tokens * cost * parameters / (rate * share) for tokens, cost, share in terms)
+    return seconds
+
+
+def stage_work(recipe: Recipe, stage: Stage) -> Work | None:
+    """Return the tokens of a stage, estimated from the sizes of its files."""
+    match stage:
+        case SftStage():
+            tokens = _file_tokens(stage.data)
+            return None if tokens is None else Work(trained=tokens * stage.epochs)
+        case RewardStage() | DpoStage():
+            tokens = _pair_tokens(recipe, stage)
+            return None if tokens is None else Work(tokens * stage.epochs, tokens)
+        case AnnotateStage() | CompareStage():
+            tokens = _file_tokens(stage.prompts)
+            if tokens is None:
+                return None
+            rows = (row_count(stage.prompts) or 0) * stage.samples_per_prompt
+            responses = rows * FILLED * stage.max_response_tokens
+            if isinstance(stage, AnnotateStage):
+                return Work(0, tokens, responses)
+            count = len(stage.candidates)
+            return Work(0, 4 * count * (tokens * stage.samples_per_prompt + responses), count * responses)
+        case PpoStage():
+            return _ppo_work(stage)
+
+
+def _ppo_work(stage: PpoStage) -> Work | None:
+    tokens, rows = _file_tokens(stage.prompts), row_count(stage.prompts)
+    if tokens is None or not rows:
+        return None
+    sequences = stage.steps * stage.prompts_per_step * stage.samples_per_prompt
+    responses = sequences * FILLED * stage.max_response_tokens
+    total = sequences * tokens / rows + responses
+    return Work(2 * stage.epochs * total, 5 * total, responses)
+
+
+def _pair_tokens(recipe: Recipe, stage: RewardStage | DpoStage) -> float | None:
+    if not isinstance(stage.data, StageData):
+        return _file_tokens(stage.data)
+    source = next(other for other in recipe.stages if other.name == stage.data.stage)
+    assert isinstance(source, AnnotateStage)
+    tokens = _file_tokens(source.prompts)
+    if tokens is None:
+        return None
+    return 2 * (tokens + (row_count(source.prompts) or 0) * FILLED * source.max_response_tokens)
+
+
+def _file_tokens(data: PathData | HubData) -> float | None:
+    rows = row_count(data)
+    if rows is None or isinstance(data, HubData):
+        return None
+    lines = [line for line in data.path.read_bytes().splitlines() if line.strip()][:rows]
+    return sum(map(len, lines)) / BYTES_PER_TOKEN
+
+
+def matmul_rate(dtype: str) -> float:
+    """Return the floating-point operations per second of a square matrix product here, measured in a blink."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        product[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * PROBE_SIZE**3 / best
