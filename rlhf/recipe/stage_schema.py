@@ -68,7 +68,7 @@ class RewardStage(Training):
 class Agreement(Strict):
     """The gate between engine and trainer: both compute the logprobs of the same sampled tokens."""
 
-    tolerance: Positive = Field(0.2, description="largest mean |difference| in nats; above it the run stops")
+    tolerance: Positive = Field(0.1, description="largest mean |difference| in nats; above it the run stops")
     interval: PositiveInt = Field(1, description="check every so many steps, beside the first")
 
 
