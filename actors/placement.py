@@ -10,18 +10,22 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from rlhf.errors import ResourceError
 
-POLL_S = 5.0
+POLL_S, SHORTEST_S = 5.0, 0.2
 
 
 def reserve(bundles: Mapping[str, dict[str, float]], timeout_s: float, say: Callable[[str], None]) -> PlacementGroup:
     """Reserve one bundle per process (name -> resources) in that order; ResourceError says needed and available."""
+    for name, bundle in bundles.items():
+        if not any(bundle.values()):
+            raise ResourceError(f"the process {name} asks for no CPU and no GPU; give its role some, say cpus: 0.1")
     needed = _total(list(bundles.values()))
     cluster = ray.cluster_resources()
     if any(amount > cluster.get(name, 0) for name, amount in needed.items()):
         raise ResourceError(f"the recipe needs {_show(needed)}, the cluster has {_show(_only(cluster, needed))}")
     group = placement_group(list(bundles.values()), strategy="PACK")
     start = time.monotonic()
-    while not group.wait(min(POLL_S, timeout_s)):
+    waited = 0.0
+    while not group.wait(max(SHORTEST_S, min(POLL_S, timeout_s - waited))):
         free = _show(_only(ray.available_resources(), needed))
         waited = time.monotonic() - start
         if waited >= timeout_s:

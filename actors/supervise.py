@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rlhf import errors
 from rlhf.errors import RlhfError, TrainingError
 
 T = TypeVar("T")
+OUR_ERROR = re.compile(r"^rlhf\.errors\.(?P<name>\w+): ", re.MULTILINE)
 
 
 class RayPending(Generic[T]):
@@ -29,16 +32,46 @@ class RayPending(Generic[T]):
 
 
 def wait_for(references: Any, what: str, deadline_s: float) -> Any:
-    """Return the value of one reference or the values of a list, or raise an error for people."""
+    """Return the value of one reference or the values of a list, or raise an error for people.
+
+    An RlhfError keeps its class, and with it the exit code; everything else becomes a TrainingError. `what` begins
+    the message. The remote traceback is in the chain of causes.
+    """
     try:
         return ray.get(references, timeout=deadline_s)
     except GetTimeoutError:
         raise TrainingError(f"{what} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s)") from None
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, RlhfError):
-            raise type(cause)(f"{what}: {cause}") from error
-        raise TrainingError(f"{what}: {type(cause).__name__}: {cause}") from error
+        raise _raised(what, error.cause) from error
     except RayActorError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise TrainingError(f"{what}: the process died ({reason}); out of memory is the usual cause") from error
+        raise (_not_started if error.actor_init_failed else _died)(what, error) from error
+    except RayError as error:
+        raise TrainingError(f"{what}: {_last_line(error)}") from error
+
+
+def _raised(what: str, cause: Exception) -> RlhfError:
+    if isinstance(cause, RlhfError):
+        return type(cause)(f"{what}: {cause}")
+    if isinstance(cause, RayError):
+        return TrainingError(f"{what}: {_last_line(cause)}")
+    lines = str(cause).strip().splitlines()
+    return TrainingError(": ".join([what, type(cause).__name__, *lines[:1]]))
+
+
+def _not_started(what: str, error: RayActorError) -> RlhfError:
+    """Ray keeps only the text of what a constructor raised."""
+    ours = list(OUR_ERROR.finditer(str(error)))
+    if not ours:
+        return TrainingError(f"{what}: the process could not start: {_last_line(error)}")
+    message = str(error)[ours[-1].end() :].split("\n\n")[0].strip()
+    kind: type[RlhfError] = getattr(errors, ours[-1]["name"])
+    return kind(f"{what}: {message}")
+
+
+def _died(what: str, error: RayActorError) -> TrainingError:
+    reason = _last_line(error).rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0].rstrip(".")
+    return TrainingError(f"{what}: the process died ({reason}); out of memory is the usual cause")
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

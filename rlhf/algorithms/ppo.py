@@ -74,5 +74,5 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     unclipped, clipped = error.square(), clipped_error.square()
     return ValueLoss(
         loss=0.5 * torch.maximum(unclipped, clipped).sum(),
-        clip_fraction=(clipped > unclipped).sum().to(error.dtype),
+        clip_fraction=((change.abs() > clip_range) & (clipped > unclipped)).sum().to(error.dtype),
     )

@@ -97,7 +97,9 @@ class PpoStage(StageBase):
     gae_lambda: Fraction = 0.95
     kl_coef: float = Field(0.02, ge=0, description="weight of the per-token KL to the reference, in the reward")
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    score_clip: Positive = Field(5.0, description="scores are clipped to [-score_clip, score_clip]")
+    score_clip: Positive = Field(
+        5.0, description="scores are clipped to [-score_clip, score_clip] (a reward model's have sd 1)"
+    )
     missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted when a response has no end-of-sequence")
     importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
     gold: FunctionJudge | None = Field(None, description="only watched: its mean is logged at every step")

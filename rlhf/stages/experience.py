@@ -34,7 +34,7 @@ def check_rollouts(rollouts: Sequence[Rollout]) -> None:
 def collect(roles: Roles, rollouts: Sequence[Rollout], pad_id: int, stage: PpoStage) -> tuple[Experience, Metrics]:
     """Return the experience of a batch of rollouts, and what was measured on the way.
 
-    The reward of token t is -kl_coef * kl[t], plus the (penalised, clipped) score at the last token
+    The reward of token t is -kl_coef * kl[t], plus the (clipped, penalised) score at the last token
     (Ouyang et al. 2022, eq. 2); advantages are GAE, whitened over all response tokens.
     """
     batch = collate_rollouts(rollouts, pad_id)
@@ -45,7 +45,7 @@ def collect(roles: Roles, rollouts: Sequence[Rollout], pad_id: int, stage: PpoSt
     raw_scores, values = score_pending.result(), value_pending.result()
     kl = kl_estimate(old.logprobs, ref.logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
     unfinished = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
-    scores = (raw_scores - stage.missing_eos_penalty * unfinished).clamp(-stage.score_clip, stage.score_clip)
+    scores = raw_scores.clamp(-stage.score_clip, stage.score_clip) - stage.missing_eos_penalty * unfinished
     rewards = token_rewards(scores, kl, mask, stage.kl_coef)
     advantages, returns = gae(rewards, values, mask, stage.gamma, stage.gae_lambda)
     experience = Experience(

@@ -69,12 +69,12 @@ def test_two_ranks_step_like_one(case: RankCase, job: Path, one_rank: Callable[.
     assert torch.equal(ranks[0].scores, ranks[1].scores)
     exact = case.dtype == "float32"
     if exact:
-        assert largest_change(ranks[0].parameters, expected.parameters) < 5e-6
+        assert largest_change(ranks[0].parameters, expected.parameters) < 1e-5
         assert largest_change(expected.parameters, expected.start) > 1e-3
     else:
         off = distance(ranks[0].parameters, expected.parameters)
         assert off < 0.05 * distance(expected.parameters, expected.start)
-    torch.testing.assert_close(ranks[0].scores, expected.scores, rtol=1e-5, atol=5e-6 if exact else 2e-2)
+    torch.testing.assert_close(ranks[0].scores, expected.scores, rtol=1e-5, atol=1e-5 if exact else 2e-2)
     for here, there, wanted in zip(ranks[0].steps, ranks[1].steps, expected.steps, strict=True):
         assert_same_metrics(here, there, rel=0)
         assert_same_metrics(here, wanted, rel=1e-5 if exact else 2e-2)

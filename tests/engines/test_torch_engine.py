@@ -66,7 +66,7 @@ def test_cutting_padding_and_order_change_nothing(tiny_folder: Path, name: str, 
     assert 1 < len(token_budget(batch.lengths(), 46)) < len(batch)
     for variant, (changed, max_tokens) in variants.items():
         parameters, found = step(tiny_folder, name, lora, changed, max_tokens)
-        assert largest_change(parameters, whole) < 5e-6, variant
+        assert largest_change(parameters, whole) < 1e-5, variant
         assert found.keys() == metrics.keys()
         for key in metrics:
             assert found.sums[key][1] == metrics.sums[key][1], (variant, key)

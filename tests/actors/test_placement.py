@@ -1,0 +1,104 @@
+"""Reserving resources: the impossible is refused at once, waiting is visible and ends, the possible is granted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from actors import placement
+from actors.placement import reserve
+from rlhf.errors import ResourceError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+Reserve = list[PlacementGroup]
+
+
+@pytest.fixture
+def held(local_ray: None) -> Iterator[Reserve]:
+    """Groups to give back after the test; begins when all four slots of the test's Ray are free."""
+    ends = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < 4:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    groups: Reserve = []
+    yield groups
+    for group in groups:
+        remove_placement_group(group)
+
+
+def refusal(bundles: dict[str, dict[str, float]], timeout_s: float = 30) -> tuple[str, float, list[str]]:
+    """Return the message of the refusal, the seconds it took, and what was said meanwhile."""
+    said: list[str] = []
+    started = time.monotonic()
+    with pytest.raises(ResourceError) as caught:
+        reserve(bundles, timeout_s, said.append)
+    return str(caught.value), time.monotonic() - started, said
+
+
+@pytest.mark.parametrize(
+    ("bundles", "expected"),
+    [
+        ({"policy": {"CPU": 3}, "critic": {"CPU": 2.5}}, "the recipe needs 5.5 CPU, the cluster has 4 CPU"),
+        ({"policy": {"CPU": 1, "GPU": 2}}, "the recipe needs 1 CPU, 2 GPU, the cluster has 4 CPU, 0 GPU"),
+    ],
+)
+def test_the_impossible_is_refused_at_once(held, bundles, expected):
+    message, seconds, said = refusal(bundles)
+    assert (message, said) == (expected, [])
+    assert seconds < 5
+
+
+def test_a_process_without_any_resource_is_refused_by_name(held):
+    message, _, _ = refusal({"policy": {"CPU": 1}, "critic": {"CPU": 0}})
+    assert message == "the process critic asks for no CPU and no GPU; give its role some, say cpus: 0.1"
+
+
+def test_the_possible_is_granted_in_the_order_of_the_bundles(held):
+    said: list[str] = []
+    bundles = {"policy": {"CPU": 1.0}, "critic": {"CPU": 0.5}, "rollout-0": {"CPU": 2.0}}
+    group = reserve(bundles, 60, said.append)
+    held.append(group)
+    assert group.bundle_specs == list(bundles.values())
+    assert placement_group_table(group)["state"] == "CREATED"
+    assert ray.available_resources()["CPU"] == 0.5
+
+
+def test_waiting_is_said_and_ends_at_the_timeout(held, monkeypatch):
+    monkeypatch.setattr(placement, "POLL_S", 0.4)
+    held.append(reserve({"other": {"CPU": 3.0}}, 60, lambda _: None))
+    message, seconds, said = refusal({"policy": {"CPU": 1.0}, "critic": {"CPU": 1.0}}, timeout_s=1.5)
+    assert message == (
+        f"no room for the roles after {seconds:.0f} s: needed 2 CPU, free 1 CPU;"
+        " end what holds them, or raise ray.placement_timeout_s"
+    )
+    assert 1.5 <= seconds < 6
+    assert 1 <= len(said) <= 5
+    assert said[0] == "waiting for the cluster: needed 2 CPU, free 1 CPU (0 s of 2 s)"
+
+
+def test_what_timed_out_is_not_reserved_later(held):
+    held.append(reserve({"other": {"CPU": 3.0}}, 60, lambda _: None))
+    refusal({"policy": {"CPU": 2.0}}, timeout_s=1)
+    remove_placement_group(held.pop())
+    whole = reserve({"all": {"CPU": 4.0}}, 60, lambda _: None)
+    held.append(whole)
+    assert placement_group_table(whole)["state"] == "CREATED"
+
+
+def test_waiting_ends_when_room_is_made(held, monkeypatch):
+    monkeypatch.setattr(placement, "POLL_S", 0.3)
+    other = reserve({"other": {"CPU": 3.0}}, 60, lambda _: None)
+    said: list[str] = []
+
+    def make_room(message: str) -> None:
+        if not said:
+            remove_placement_group(other)
+        said.append(message)
+
+    held.append(reserve({"policy": {"CPU": 2.0}}, 60, make_room))
+    assert said

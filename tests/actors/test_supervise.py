@@ -1,0 +1,176 @@
+"""Calls to other processes: bounded in time, and every failure is told in words, with role, call and cause."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from actors.supervise import RayPending, wait_for
+from rlhf.errors import DataError, GuardError, RecipeError, ResourceError, RlhfError, TrainingError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+DEADLINE_S = 60.0
+
+
+class TwoParts(Exception):
+    """Cannot be built again from its text, so Ray cannot bring it back."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+class HoldsLock(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("the lock is held")
+        self.lock = threading.Lock()
+
+
+class Wrapped(Exception):
+    pass
+
+
+class Role:
+    def __init__(self, failure: BaseException | None = None, hidden: bool = False) -> None:
+        if failure and hidden:
+            raise Wrapped("while building") from failure
+        if failure:
+            raise failure
+
+    def answer(self, value: int) -> int:
+        return value
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def die(self) -> None:
+        os._exit(1)
+
+    def fail(self, failure: Exception) -> None:
+        raise failure
+
+    def fail_in_two_parts(self) -> None:
+        raise TwoParts("this", "that")
+
+    def fail_with_lock(self) -> None:
+        raise HoldsLock
+
+
+def start(*arguments: Any) -> Any:
+    return ray.remote(Role).options(num_cpus=0).remote(*arguments)
+
+
+@pytest.fixture(scope="module")
+def role(local_ray: None) -> Iterator[Any]:
+    actor = start()
+    ray.get(actor.answer.remote(0), timeout=DEADLINE_S)
+    yield actor
+    ray.kill(actor)
+
+
+def failure(reference: Any, deadline_s: float = DEADLINE_S) -> RlhfError:
+    """Return what `wait_for` raises."""
+    with pytest.raises(RlhfError) as caught:
+        wait_for(reference, "policy.train", deadline_s)
+    return caught.value
+
+
+def test_values_arrive_and_the_last_reference_is_the_pending_value(role):
+    assert wait_for(role.answer.remote(3), "policy.answer", DEADLINE_S) == 3
+    assert wait_for([role.answer.remote(1), role.answer.remote(2)], "policy.answer", DEADLINE_S) == [1, 2]
+    assert RayPending([role.answer.remote(1), role.answer.remote(2)], "policy.answer", DEADLINE_S).result() == 2
+
+
+def test_a_failed_build_is_told_instead_of_the_call_that_rests_on_it(role):
+    building = role.fail.remote(DataError("no such folder"))
+    pending = RayPending([building, role.answer.remote(2)], "policy.train", DEADLINE_S)
+    with pytest.raises(DataError, match=r"^policy\.train: no such folder$"):
+        pending.result()
+
+
+@pytest.mark.parametrize("kind", [RecipeError, DataError, ResourceError, TrainingError, GuardError, RlhfError])
+def test_our_errors_keep_class_and_exit_code(role, kind):
+    error = failure(role.fail.remote(kind("the loss is not a number")))
+    assert (type(error), str(error)) == (kind, "policy.train: the loss is not a number")
+    assert error.exit_code == kind.exit_code
+    assert error.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ValueError("shapes differ"), "policy.train: ValueError: shapes differ"),
+        (KeyError("loss"), "policy.train: KeyError: 'loss'"),
+        (MemoryError(), "policy.train: MemoryError"),
+        (RuntimeError("first line\nsecond\nthird"), "policy.train: RuntimeError: first line"),
+    ],
+)
+def test_other_exceptions_become_training_errors_of_one_line(role, raised, expected):
+    error = failure(role.fail.remote(raised))
+    assert (type(error), str(error)) == (TrainingError, expected)
+
+
+def test_exceptions_that_cannot_travel_are_told_all_the_same(role):
+    for reference, cause in (
+        (role.fail_in_two_parts.remote(), "TwoParts: this and that"),
+        (role.fail_with_lock.remote(), "HoldsLock: the lock is held"),
+    ):
+        error = failure(reference)
+        assert type(error) is TrainingError
+        assert str(error).startswith("policy.train: ")
+        assert str(error).endswith(cause)
+        assert "\n" not in str(error)
+
+
+def test_a_late_answer_is_an_error_at_the_deadline():
+    actor = start()
+    ray.get(actor.answer.remote(0), timeout=DEADLINE_S)
+    started = time.monotonic()
+    error = failure(actor.sleep.remote(60), deadline_s=1.0)
+    assert time.monotonic() - started < 10
+    assert (type(error), str(error)) == (
+        TrainingError,
+        "policy.train gave no answer within 1 s (ray.call_timeout_s)",
+    )
+    ray.kill(actor)
+
+
+def test_a_process_that_dies_is_told_at_once_and_ever_after(local_ray):
+    actor = start()
+    ray.get(actor.answer.remote(0), timeout=DEADLINE_S)
+    waiting = actor.sleep.remote(60)
+    dying = start()
+    started = time.monotonic()
+    ray.kill(actor)
+    for reference in (waiting, actor.answer.remote(1), dying.die.remote()):
+        error = failure(reference)
+        assert type(error) is TrainingError
+        assert str(error).startswith("policy.train: the process died (")
+        assert "\n" not in str(error)
+        assert len(str(error)) < 250
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("kind", [RecipeError, ResourceError, GuardError])
+def test_our_errors_in_a_constructor_keep_class_and_message(local_ray, kind):
+    error = failure(start(kind("head_dim 16 is not supported\nuse 32")).answer.remote(1))
+    assert (type(error), str(error)) == (kind, "policy.train: head_dim 16 is not supported\nuse 32")
+
+
+def test_the_message_of_our_error_ends_where_another_exception_wraps_it(local_ray):
+    error = failure(start(RecipeError("no such engine"), True).answer.remote(1))
+    assert (type(error), str(error)) == (RecipeError, "policy.train: no such engine")
+
+
+def test_other_exceptions_in_a_constructor_say_that_it_did_not_start(local_ray):
+    error = failure(start(ImportError("no module named engine")).answer.remote(1))
+    assert type(error) is TrainingError
+    assert str(error) == "policy.train: the process could not start: ImportError: no module named engine"
