@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from rlhf.errors import ResourceError
 
-POLL_S, SHORTEST_S = 5.0, 0.2
+POLL_S = 5.0
 
 
 def reserve(bundles: Mapping[str, dict[str, float]], timeout_s: float, say: Callable[[str], None]) -> PlacementGroup:
@@ -25,7 +26,7 @@ def reserve(bundles: Mapping[str, dict[str, float]], timeout_s: float, say: Call
     group = placement_group(list(bundles.values()), strategy="PACK")
     start = time.monotonic()
     waited = 0.0
-    while not group.wait(max(SHORTEST_S, min(POLL_S, timeout_s - waited))):
+    while not group.wait(_whole_seconds(min(POLL_S, timeout_s - waited))):
         free = _show(_only(ray.available_resources(), needed))
         waited = time.monotonic() - start
         if waited >= timeout_s:
@@ -36,6 +37,11 @@ def reserve(bundles: Mapping[str, dict[str, float]], timeout_s: float, say: Call
             )
         say(f"waiting for the cluster: needed {_show(needed)}, free {free} ({waited:.0f} s of {timeout_s:.0f} s)")
     return group
+
+
+def _whole_seconds(wait_s: float) -> int:
+    """Round up: `PlacementGroup.wait` cuts fractions off, and does not wait at all below one second."""
+    return max(1, math.ceil(wait_s))
 
 
 def _total(bundles: list[dict[str, float]]) -> dict[str, float]:

@@ -63,7 +63,7 @@ def _not_started(what: str, error: RayActorError) -> RlhfError:
     ours = list(OUR_ERROR.finditer(str(error)))
     if not ours:
         return TrainingError(f"{what}: the process could not start: {_last_line(error)}")
-    message = str(error)[ours[-1].end() :].split("\n\n")[0].strip()
+    message = str(error)[ours[-1].end() :].partition("\n\nThe above exception was")[0].strip()
     kind: type[RlhfError] = getattr(errors, ours[-1]["name"])
     return kind(f"{what}: {message}")
 

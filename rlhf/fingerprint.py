@@ -36,7 +36,7 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
     files = sorted(_files(stage))
     settings = json.dumps(stage.model_dump(mode="json", exclude={"max_tokens_per_microbatch"}), sort_keys=True)
     for file in files:
-        settings = settings.replace(str(file), file.name)
+        settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])
     content = {
         "version": rlhf.__version__,
         "seed": recipe.seed,

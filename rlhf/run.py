@@ -107,6 +107,7 @@ def _run_stage(stage: Stage, context: StageContext) -> Summary:
     try:
         return STAGES[stage.kind](stage, context)
     except RlhfError as error:
+        log.info("stage %s", stage.name, exc_info=True)
         at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
         raise type(error)(f"{at}: {error}") from error
     except Exception as error:

@@ -27,6 +27,8 @@ class WandbSink:
         self.run: Any = wandb.init(
             project=settings.project, entity=settings.entity, name=recipe.name, dir=folder, mode=mode, config=config
         )
+        for stage in recipe.stages:
+            self.run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Log under `stage/name`, with the stage's own step axis."""

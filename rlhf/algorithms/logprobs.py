@@ -1,17 +1,14 @@
 """Log-probabilities and entropies of tokens, in nats and float32 whatever the dtype of the logits.
 
-Rows of logits are converted a slice at a time, so the only tensors of vocabulary size that live long are
-the logits themselves and their gradient, in their own dtype.
+Entropies convert the rows of logits a slice at a time, so no second tensor of that size lives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 SLICE_ELEMENTS = 2**22
@@ -29,10 +26,10 @@ def align(next_values: Tensor) -> Tensor:
 def selected_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(logits) at `targets`: logits `[..., V]`, targets `[...]` int64 -> `[...]` float32.
 
-    float64 logits give float64. Differentiable once, with respect to the logits.
+    float64 logits give float64. torch's fused cross-entropy, which beats slicing the rows by two to five times on CPU.
     """
-    flat: Tensor = _SelectedLogprobs.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1))
-    return flat.view(targets.shape)
+    flat = logits.reshape(-1, logits.shape[-1]).to(_wide(logits))
+    return -functional.cross_entropy(flat, targets.reshape(-1), reduction="none").view(targets.shape)
 
 
 def entropies(logits: Tensor) -> Tensor:
@@ -50,35 +47,6 @@ def entropies(logits: Tensor) -> Tensor:
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Return each row's sum of token log-probabilities over its mask: `[B, T]` -> `[B]`."""
     return logprobs.masked_fill(~mask, 0).sum(dim=1)
-
-
-class _SelectedLogprobs(torch.autograd.Function):
-    """Logit of the target minus logsumexp; gradient (one-hot - softmax), recomputed slice by slice."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        selected = logits.new_empty(len(logits), dtype=_wide(logits))
-        normalisers = torch.empty_like(selected)
-        for rows in _slices(logits):
-            peak = logits[rows].amax(dim=-1, keepdim=True).to(selected.dtype)
-            shifted = logits[rows] - peak
-            picked = shifted.gather(-1, targets[rows]).squeeze(-1)
-            log_total = shifted.exp_().sum(dim=-1).log_()
-            selected[rows] = picked - log_total
-            normalisers[rows] = peak.squeeze(-1) + log_total
-        ctx.save_for_backward(logits, targets, normalisers)
-        return selected
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalisers = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for rows in _slices(logits):
-            column = gradient[rows, None]
-            probabilities = (logits[rows] - normalisers[rows, None]).exp_()
-            result[rows] = probabilities.mul_(-column).scatter_add_(-1, targets[rows], column)
-        return result, None
 
 
 def _slices(rows: Tensor) -> Iterator[slice]:

@@ -37,7 +37,7 @@ def train_epochs(
         scale = lr_scale(stage.optimizer, index, len(plan))
         metrics = learner.train(batch, objective, [range(len(picked))], scale).result()
         skipped = skipped + 1 if metrics["skipped_steps"] else 0
-        if skipped >= MAX_SKIPPED:
+        if skipped == min(MAX_SKIPPED, len(plan)):
             raise GuardError(
                 f"the gradient was not finite {skipped} steps in a row; lower optimizer.learning_rate or use float32"
             )

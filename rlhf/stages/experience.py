@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +21,15 @@ MAX_EMPTY = 0.5
 
 
 def check_rollouts(rollouts: Sequence[Rollout]) -> None:
-    """Refuse responses with no token, and batches whose responses are mostly empty text."""
+    """Refuse responses with no token or logprobs that are not finite, and batches of mostly empty text."""
     for rollout in rollouts:
         if not rollout.tokens:
             raise TrainingError(f"the engine returned no token for prompt {rollout.prompt.id}")
+        if not all(map(math.isfinite, rollout.logprobs)):
+            raise GuardError(
+                f"the engine's logprobs for prompt {rollout.prompt.id} are not finite: the policy's weights hold NaN"
+                " or infinity; start from another checkpoint, or lower optimizer.learning_rate"
+            )
     empty = sum(not rollout.text.strip() for rollout in rollouts) / len(rollouts)
     if empty > MAX_EMPTY:
         raise GuardError(

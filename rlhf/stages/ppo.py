@@ -41,7 +41,9 @@ def run(stage: PpoStage, context: StageContext) -> Summary:
         if watched:
             golds = watched.score(rollouts).result()
             metrics = metrics.merge(Metrics.of(len(golds), gold=golds.sum()))
-        metrics = metrics.merge(learn(roles, experience, step, stage, context))
+        learned = learn(roles, experience, step, stage, context)
+        check_learned(learned)
+        metrics = metrics.merge(learned)
         clock.lap("learn")
         receipt = roles.policy.publish(roles.rollout, step + 1).result()
         clock.lap("publish")
@@ -119,6 +121,16 @@ def learn(roles: Roles, experience: Experience, step: int, stage: PpoStage, cont
     policy_metrics, critic_metrics = (update.result() for update in updates)
     renamed = {f"critic_{name}" if name in policy_metrics else name: s for name, s in critic_metrics.sums.items()}
     return policy_metrics.merge(Metrics(renamed))
+
+
+def check_learned(metrics: Metrics) -> None:
+    """Stop when every minibatch of a step had a gradient that is not finite; the engine has skipped them all."""
+    for role, prefix in (("policy", ""), ("critic", "critic_")):
+        if metrics[f"{prefix}skipped_steps"] == 1:
+            raise GuardError(
+                f"the gradient of the {role} was not finite in any minibatch of this step;"
+                f" lower {prefix}optimizer.learning_rate or use model.dtype: float32"
+            )
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -69,16 +70,17 @@ def test_the_possible_is_granted_in_the_order_of_the_bundles(held):
 
 
 def test_waiting_is_said_and_ends_at_the_timeout(held, monkeypatch):
-    monkeypatch.setattr(placement, "POLL_S", 0.4)
+    monkeypatch.setattr(placement, "POLL_S", 1.0)
     held.append(reserve({"other": {"CPU": 3.0}}, 60, lambda _: None))
-    message, seconds, said = refusal({"policy": {"CPU": 1.0}, "critic": {"CPU": 1.0}}, timeout_s=1.5)
-    assert message == (
-        f"no room for the roles after {seconds:.0f} s: needed 2 CPU, free 1 CPU;"
-        " end what holds them, or raise ray.placement_timeout_s"
+    message, seconds, said = refusal({"policy": {"CPU": 1.0}, "critic": {"CPU": 1.0}}, timeout_s=3)
+    assert re.fullmatch(
+        r"no room for the roles after \d s: needed 2 CPU, free 1 CPU;"
+        r" end what holds them, or raise ray\.placement_timeout_s",
+        message,
     )
-    assert 1.5 <= seconds < 6
-    assert 1 <= len(said) <= 5
-    assert said[0] == "waiting for the cluster: needed 2 CPU, free 1 CPU (0 s of 2 s)"
+    assert 3 <= seconds < 9
+    assert 1 <= len(said) <= 3
+    assert re.fullmatch(r"waiting for the cluster: needed 2 CPU, free 1 CPU \([12] s of 3 s\)", said[0])
 
 
 def test_what_timed_out_is_not_reserved_later(held):
@@ -91,7 +93,7 @@ def test_what_timed_out_is_not_reserved_later(held):
 
 
 def test_waiting_ends_when_room_is_made(held, monkeypatch):
-    monkeypatch.setattr(placement, "POLL_S", 0.3)
+    monkeypatch.setattr(placement, "POLL_S", 1.0)
     other = reserve({"other": {"CPU": 3.0}}, 60, lambda _: None)
     said: list[str] = []
 

@@ -40,10 +40,13 @@ class Wrapped(Exception):
 
 class Role:
     def __init__(self, failure: BaseException | None = None, hidden: bool = False) -> None:
-        if failure and hidden:
-            raise Wrapped("while building") from failure
-        if failure:
-            raise failure
+        try:
+            if failure:
+                raise failure
+        except RlhfError as error:
+            if hidden:
+                raise Wrapped("while building") from error
+            raise
 
     def answer(self, value: int) -> int:
         return value

@@ -84,20 +84,6 @@ def test_selected_logprobs_of_a_strided_view_and_of_nothing():
     assert entropies(logits[:0]).shape == (0, 5)
 
 
-def test_selected_logprobs_hold_no_float32_copy_of_bfloat16_logits():
-    logits, targets = batch(torch.bfloat16)
-    saved = []
-
-    def pack(tensor):
-        saved.append((tensor.dtype, tensor.numel()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        selected_logprobs(logits.requires_grad_(), targets)
-    assert (torch.bfloat16, logits.numel()) in saved
-    assert max(count for dtype, count in saved if dtype != torch.bfloat16) == targets.numel()
-
-
 @pytest.mark.usefixtures("_slicing")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_entropies_equal_the_definition_in_double(dtype):
