@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,7 +97,9 @@ class RayLauncher:
     def __enter__(self) -> Self:
         """Start or join Ray and reserve what the recipe's stages use."""
         self.bundles = _bundles(self.recipe)
+        on_terminate = signal.getsignal(signal.SIGTERM)
         _connect(self.recipe, self.bundles)
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own there
         self.group = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.info)
         return self
 

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke"
 RUN_LIMIT_S = 800.0
 END_LIMIT_S = 30.0
+LOOK_EVERY_S = 1.0
 TRAINED = ("sft", "rm", "ppo", "dpo")
 STAGES = ("sft", "pairs", "rm", "ppo", "dpo", "duel")
 PRINTED = ("printed.out", "printed.err")
@@ -87,7 +88,7 @@ class Watched:
         ends = time.monotonic() + RUN_LIMIT_S
         while self.run.poll() is None and time.monotonic() < ends:
             self.look()
-            time.sleep(0.3)
+            time.sleep(LOOK_EVERY_S)
         self.run.kill()
         self.run.wait(timeout=60)
         ends = time.monotonic() + END_LIMIT_S
@@ -144,7 +145,7 @@ def both(tmp_path_factory) -> Pair:
     ends = time.monotonic() + RUN_LIMIT_S
     while not through_ray.pids("LearnerActor") and through_ray.run.poll() is None and time.monotonic() < ends:
         through_ray.look()
-        time.sleep(0.3)
+        time.sleep(LOOK_EVERY_S)
     answers = (
         ask(through_ray.address),
         ask(through_ray.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=through_ray.token),
