@@ -20,9 +20,11 @@ from rlhf.stages.pairs import load_pairs
 from rlhf.stages.sft import Summary
 from rlhf.types import PreferenceBatch, Prompt, Rollout
 
+STANDARDISING_PAIRS = 128
+
 
 def run(stage: RewardStage, context: StageContext) -> Summary:
-    """Train; afterwards scores have mean 0 and standard deviation 1 over the training responses."""
+    """Train; afterwards scores have mean 0 and standard deviation 1 over (a sample of) the training responses."""
     tokenizer = context.tokenizer(stage.init)
     split = load_pairs(stage, context, tokenizer)
     spec = context.trained(
@@ -31,7 +33,7 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
     model = context.launcher.reward(spec)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_id)
     train_epochs(model, split.train, collate, RewardModel(), stage, context)
-    chosen, rejected = _scores(model, collate(split.train))
+    chosen, rejected = _scores(model, collate(split.train[:STANDARDISING_PAIRS]))
     everything = torch.cat([chosen, rejected])
     std = float(everything.std())
     if not std > 0:
