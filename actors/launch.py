@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -136,6 +137,9 @@ def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
             log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
         return
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray turns 127.0.0.1 into the machine's outside address, and listens there, unless it may not form clusters.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     slots = math.ceil(sum(bundle["CPU"] for bundle in bundles.values()))
     ray.init(
         address="local",
@@ -143,5 +147,4 @@ def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.cli import main
 from rlhf.errors import GuardError, TrainingError
 from rlhf.models.tiny import TURN_END
+from rlhf.recipe.resources import local_resources
 from rlhf.stages.experience import check_rollouts
 from rlhf.types import Prompt, Rollout
 
@@ -33,19 +34,10 @@ lora: {r: 4}
 roles: {rollout: {engine: transformers}}
 stages:
 """
-SFT = """\
-  - name: sft
-    kind: sft
-    data: {path: sft.jsonl}
-    batch_size: 2
-"""
-RM = """\
-  - name: rm
-    kind: reward
-    data: {path: pairs.jsonl}
-    heldout_fraction: 0
-    batch_size: 2
-"""
+SFT = "  - {name: sft, kind: sft, data: {path: sft.jsonl}, batch_size: 2}\n"
+RM = "  - {name: rm, kind: reward, data: {path: pairs.jsonl}, heldout_fraction: 0, batch_size: 2}\n"
+JUDGE = '{kind: function, path: "rewards.py:score"}'
+PAIRS = f"  - {{name: pairs, kind: annotate, policy: base, prompts: {{path: prompts.jsonl}}, judge: {JUDGE}}}\n"
 PPO = """\
   - name: ppo
     kind: ppo
@@ -58,15 +50,9 @@ PPO = """\
     max_prompt_tokens: 64
     max_response_tokens: 4
 """
-DUEL = """\
-  - name: duel
-    kind: compare
-    candidates: [base, sft]
-    baseline: base
-    prompts: {path: heldout.jsonl}
-    gold: {kind: function, path: "rewards.py:score"}
-    reward: {kind: function, path: "rewards.py:score"}
-    max_response_tokens: 4
+DUEL = f"""\
+  - {{name: duel, kind: compare, candidates: [base, sft], baseline: base, prompts: {{path: heldout.jsonl}},
+     gold: {JUDGE}, reward: {JUDGE}, max_response_tokens: 4}}
 """
 REWARDS = """\
 def score(prompt, response, metadata):
@@ -84,7 +70,8 @@ def nothing(prompt, response, metadata):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with data that is all right."""
+    """A working directory with data that is all right, on a machine with one core (for speed where others work too)."""
+    monkeypatch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
     questions = ("Why?", "How?", "Who?", "When?", "Where?", "What?")
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "So."}] for q in questions]
     write_rows(tmp_path / "sft.jsonl", [{"messages": chat} for chat in chats])
@@ -276,11 +263,7 @@ def test_a_model_that_says_nothing(folder, silent_model):
 
 
 def test_no_pair_to_learn_from(folder, silent_model):
-    text = HEAD + (
-        "  - name: pairs\n    kind: annotate\n    policy: base\n    prompts: {path: prompts.jsonl}\n"
-        '    judge: {kind: function, path: "rewards.py:score"}\n    max_response_tokens: 4\n'
-    )
-    message = refusal(5, text, silent_model)
+    message = refusal(5, HEAD + PAIRS, silent_model)
     assert message.startswith("stage pairs, after step 1: annotate found no pair to train on in 6 prompts")
     assert "raise samples_per_prompt or temperature, or look at the judge" in message
 

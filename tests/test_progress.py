@@ -78,6 +78,7 @@ def test_a_terminal_shows_one_bar_of_the_current_stage():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     with Display(console) as display:
+        assert display.bar is not None
         for label in ("sft training", "ppo"):
             display.stage(label, 4)
             for step in range(1, 5):

@@ -88,8 +88,8 @@ def test_the_cost_of_a_pair_is_its_longer_side_twice():
 @pytest.mark.parametrize("rows", [token_batch(3, 4, width=5), experience(), pairs()], ids=["tokens", "ppo", "pairs"])
 def test_to_moves_every_tensor(rows):
     def devices(value: Rows) -> set[str]:
-        found = set()
-        for item in fields(value):
+        found: set[str] = set()
+        for item in fields(value):  # type: ignore[arg-type]
             part = getattr(value, item.name)
             found |= devices(part) if isinstance(part, Rows) else {part.device.type}
         return found
@@ -119,7 +119,7 @@ def test_stack_pads_every_column_to_the_widest_and_keeps_the_types():
 def test_batches_do_not_change():
     batch = token_batch(2, width=3)
     with pytest.raises(AttributeError):
-        batch.tokens = batch.tokens + 1
+        batch.tokens = batch.tokens + 1  # type: ignore[misc]
     assert replace(batch, tokens=batch.tokens + 1).tokens[0, 0] == 11
 
 

@@ -94,7 +94,7 @@ def test_values_arrive_and_the_last_reference_is_the_pending_value(role):
 
 def test_a_failed_build_is_told_instead_of_the_call_that_rests_on_it(role):
     building = role.fail.remote(DataError("no such folder"))
-    pending = RayPending([building, role.answer.remote(2)], "policy.train", DEADLINE_S)
+    pending: RayPending[int] = RayPending([building, role.answer.remote(2)], "policy.train", DEADLINE_S)
     with pytest.raises(DataError, match=r"^policy\.train: no such folder$"):
         pending.result()
 

@@ -1,6 +1,7 @@
 """The whole smoke pipeline in this process: every stage, its files, and what must be true of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.data.pairs import read_pairs
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
+from rlhf.recipe.resources import local_resources
 from rlhf.run import run_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -20,7 +22,9 @@ def run(name: str, folder: Path, *overrides: str) -> str:
     """Run a smoke recipe locally and return what it printed."""
     loaded = load_recipe(RECIPES / "smoke" / name, overrides)
     console = Console(record=True, width=200, force_terminal=False)
-    run_recipe(loaded, LocalLauncher, folder, console)
+    with pytest.MonkeyPatch.context() as patch:  # threads that wait for each other crawl on a busy machine
+        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        run_recipe(loaded, LocalLauncher, folder, console)
     return console.export_text()
 
 
