@@ -51,7 +51,7 @@ class Watched:
     titles: dict[psutil.Process, set[str]] = field(default_factory=dict)
     listening: set[str] = field(default_factory=set)
     address: str = ""
-    token: str = ""
+    token: str = field(default="", repr=False)
 
     @property
     def stdout(self) -> str:
