@@ -22,6 +22,7 @@ from actors.supervise import wait_for
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
+from rlhf.errors import ResourceError
 from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe, Role
 
@@ -101,7 +102,11 @@ class RayLauncher:
         on_terminate = signal.getsignal(signal.SIGTERM)
         _connect(self.recipe, self.bundles)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own there
-        self.group = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.info)
+        try:
+            self.group = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
+        except BaseException:
+            ray.shutdown()
+            raise
         return self
 
     def __exit__(
@@ -130,17 +135,30 @@ def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
-    """Join the recipe's cluster, or start Ray on loopback; token authentication is Ray's default for a new one."""
-    if recipe.ray.address:
-        ray.init(address=recipe.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+    """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
+    if address := recipe.ray.address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ResourceError(f"ray.address: no Ray cluster answers at {address}: {_first_line(error)}") from error
         if os.environ.get("RAY_AUTH_MODE") != "token":
             log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
         return
+    try:
+        _start_on_loopback(math.ceil(sum(bundle["CPU"] for bundle in bundles.values())))
+    except Exception as error:  # Ray raises plain Exception when its processes are not up in 30 s
+        raise ResourceError(
+            f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"
+        ) from error
+
+
+def _start_on_loopback(slots: int) -> None:
+    """Start Ray for this run alone; token authentication is Ray's default for a new one."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray turns 127.0.0.1 into the machine's outside address, and listens there, unless it may not form clusters.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    slots = math.ceil(sum(bundle["CPU"] for bundle in bundles.values()))
     ray.init(
         address="local",
         num_cpus=max(slots, os.cpu_count() or 1),
@@ -148,3 +166,7 @@ def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -11,24 +11,12 @@ from typing import Any
 from pydantic import BaseModel
 
 import rlhf
-from rlhf.recipe.base import FunctionJudge, ModelJudge, StageData
+from rlhf.recipe.base import FunctionJudge, StageData
+from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import Stage
+from rlhf.recipe.stage_schema import Stage, upstream
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
-
-
-def upstream(stage: Stage) -> set[str]:
-    """Return the names of the stages that this one reads from (`base` included)."""
-    names: set[str] = set()
-    for field in ("init", "policy", "baseline"):
-        names |= {getattr(stage, field)} if hasattr(stage, field) else set()
-    names |= set(getattr(stage, "candidates", ()))
-    for field in ("judge", "reward", "gold", "data"):
-        section = getattr(stage, field, None)
-        if isinstance(section, StageData | ModelJudge):
-            names.add(section.stage)
-    return names
 
 
 def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
@@ -39,10 +27,11 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
         settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])
     content = {
         "version": rlhf.__version__,
-        "seed": recipe.seed,
+        "seed": recipe.seed,  # a stage's own is among its settings
+        "budget": recipe.budget and recipe.budget.model_dump(),
         "dtype": recipe.model.dtype,
         "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
-        "engine": recipe.roles.rollout.engine,
+        "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "stage": settings,
         "files": [file_digest(path) for path in files],
         "upstream": {name: keys[name] for name in sorted(upstream(stage))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -36,10 +37,12 @@ def brief(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{SHOWN[name]} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
 
 
-class Display:
-    """Shows stages and steps; `live` is a rich progress bar, otherwise a plain line at most every 10 seconds."""
+class Display(logging.Handler):
+    """Shows stages, steps and warnings of the `rlhf` log: live on a terminal, else a plain line every 10 seconds."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.addFilter(lambda record: record.levelno == logging.WARNING)  # errors end the run and are shown there
         self.console = console
         self.bar: Progress | None = None
         self.task: TaskID | None = None
@@ -59,6 +62,10 @@ class Display:
     def say(self, message: str) -> None:
         """Print one line that stays."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning."""
+        self.say(record.getMessage())
 
     def stage(self, label: str, total: int) -> None:
         """Begin a stage, or a part of one, of `total` steps."""
@@ -82,7 +89,8 @@ class Display:
             self.say(f"{self.label}: step {done}/{self.total}  {brief(metrics)}  eta {eta:.0f}s")
 
     def __enter__(self) -> Self:
-        """Start the live display, if there is one."""
+        """Listen to warnings and start the live display, if there is one."""
+        logging.getLogger("rlhf").addHandler(self)
         if self.bar is not None:
             self.bar.start()
         return self
@@ -90,6 +98,7 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the live display."""
+        """Stop listening, and the live display."""
+        logging.getLogger("rlhf").removeHandler(self)
         if self.bar is not None:
             self.bar.stop()

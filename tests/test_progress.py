@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +93,13 @@ def test_a_terminal_shows_one_bar_of_the_current_stage():
     assert printed.count("sft training [done]") == 1
     assert "ppo: step" not in printed
     assert printed.endswith("\x1b[?25h")
+
+
+def test_warnings_are_shown_while_the_run_goes_on_and_nothing_else_is():
+    display, out = plain()
+    log = logging.getLogger("rlhf")
+    with display:
+        log.warning("waiting for the cluster: needed %d CPU", 3)
+        log.error("shown where the run ends")
+    log.warning("too late")
+    assert out.getvalue() == "waiting for the cluster: needed 3 CPU\n"

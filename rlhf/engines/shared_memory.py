@@ -1,15 +1,15 @@
 """Weights from one process to another through shared memory: in buckets, under a running checksum.
 
-A bucket is a file of raw tensors in the memory file system and an announcement of plain values (`Bucket`) that any
-RPC can carry. The receiver maps the file, compares the checksum over all bytes so far with the announced one, and
-only then uses the tensors. The sender deletes the file as soon as the receiver has answered, or on any failure;
-tensors that the receiver still holds stay valid, because a mapping outlives the file's name.
+A bucket is a nameless file of raw tensors in memory (`memfd_create`) and an announcement of plain values (`Bucket`)
+that any RPC can carry. The receiver maps the file through the sender's entry in /proc, compares the checksum over all
+bytes so far with the announced one, and only then uses the tensors. The file is closed as soon as the receiver has
+answered; it ends with the sender's process too, even when that is killed, so nothing is ever left behind. Tensors that
+the receiver still holds stay valid, because a mapping outlives the file.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,15 +62,13 @@ def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], buc
     the next is asked for, so the iterator may reuse its memory.
 
     Raises:
-        ResourceError: neither shared memory nor the temporary folder has room for a bucket.
+        ResourceError: memory has no room for a bucket.
     """
     checksum = Checksum()
     pairs = iter(weights)
     pair = next(pairs, None)
     while pair is not None:
-        with tempfile.NamedTemporaryFile(
-            prefix="rlhf-weights-", dir=_folder(max(bucket_bytes, pair[1].nbytes))
-        ) as file:
+        with os.fdopen(os.memfd_create("rlhf-weights"), "wb") as file:
             names: list[str] = []
             dtype_names: list[str] = []
             shapes: list[list[int]] = []
@@ -83,7 +81,8 @@ def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], buc
                 shapes.append(list(tensor.shape))
                 pair = next(pairs, None)
             file.flush()
-            update_weights(asdict(Bucket(names, dtype_names, shapes, file.name, checksum.hexdigest())))
+            path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            update_weights(asdict(Bucket(names, dtype_names, shapes, path, checksum.hexdigest())))
 
 
 def receive(bucket: Bucket, checksum: Checksum) -> list[tuple[str, Tensor]]:
@@ -93,7 +92,7 @@ def receive(bucket: Bucket, checksum: Checksum) -> list[tuple[str, Tensor]]:
         TrainingError: the file is not there, or is not what was announced.
     """
     path = Path(bucket.path)
-    if not path.exists():
+    if not path.is_file():
         raise TrainingError(
             f"weights were announced in {path}, which does not exist here: policy and rollout engine must run on "
             "the same machine to share memory (on several machines, give both roles GPUs)"
@@ -143,13 +142,9 @@ def _append(file: IO[bytes], tensor: Tensor) -> None:
         file.write(b"\0" * (-file.tell() % ALIGNMENT))
         file.write(_raw(tensor))
     except OSError as error:
-        raise ResourceError(f"no room for {tensor.nbytes} bytes of weights in {file.name}: {error.strerror}") from error
-
-
-def _folder(size: int) -> str:
-    """Return the memory file system where it has room (containers often give it 64 MiB), else the temporary folder."""
-    shared = Path("/dev/shm")
-    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > size else tempfile.gettempdir()
+        raise ResourceError(
+            f"no room for {tensor.nbytes} bytes of weights in shared memory: {error.strerror}"
+        ) from error
 
 
 def _raw(tensor: Tensor) -> memoryview:

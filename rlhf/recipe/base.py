@@ -71,7 +71,40 @@ class ModelJudge(Strict):
     stage: str
 
 
-Judge = Annotated[FunctionJudge | ModelJudge, Field(discriminator="kind")]
+class HttpJudge(Strict):
+    """A reward service: POST of `{"items": [{"prompt", "response", "metadata"}]}` answers `{"scores": [...]}`."""
+
+    kind: Literal["http"]
+    url: str = Field(pattern=r"^https?://")
+    token_env: str | None = Field(None, description="environment variable that holds a bearer token")
+    batch_size: PositiveInt = 64
+    timeout_s: Positive = Field(30.0, description="of one request")
+    deadline_s: Positive = Field(300.0, description="of all attempts for one batch of scores")
+
+
+class LlmJudge(Strict):
+    """A language model that says which of two responses is better (RLAIF); both orders are asked and averaged."""
+
+    kind: Literal["llm"]
+    model: str = Field(description="a folder or hub id that runs here or, with `url`, the endpoint's name for it")
+    url: str | None = Field(None, pattern=r"^https?://", description="base URL of an OpenAI-compatible endpoint")
+    api_key_env: str | None = Field(None, description="environment variable that holds the endpoint's key")
+    criteria: str = Field("Which response is more helpful, honest and harmless?", description="what to judge by")
+    max_prompt_tokens: PositiveInt = Field(2048, description="of the whole question to a model that runs here")
+    timeout_s: Positive = Field(60.0, description="of one request")
+    deadline_s: Positive = Field(600.0, description="of all attempts for one verdict")
+    concurrency: PositiveInt = Field(8, description="requests at once")
+
+
+Judge = Annotated[FunctionJudge | ModelJudge | HttpJudge | LlmJudge, Field(discriminator="kind")]
+
+
+class Budget(Strict):
+    """What each method may spend; training of every policy stage after the first stops at the limit it reaches."""
+
+    gradient_tokens: PositiveInt | None = Field(None, description="tokens through forward and backward, all models")
+    generated_tokens: PositiveInt | None = None
+    accelerator_seconds: Positive | None = Field(None, description="seconds times GPUs, or times CPU cores without")
 
 
 class Lora(Strict):

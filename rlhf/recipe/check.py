@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
-from rlhf.recipe.base import Judge, ModelJudge, StageData
+from rlhf.recipe.base import DataSource, Judge, ModelJudge, StageData
 from rlhf.recipe.messages import Loc, near
+from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage, PolicyGradientStage, ReinforceStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import (
-    AnnotateStage,
-    CompareStage,
-    DpoStage,
-    PpoStage,
-    RewardStage,
-    SftStage,
-    Stage,
-)
+from rlhf.recipe.stage_schema import STAGE_KINDS, AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
 Finding: TypeAlias = "tuple[Loc, str]"
 BASE = "base"
-LANGUAGE_MODELS = (BASE, "sft", "ppo", "dpo")
+CHECKPOINT = "checkpoint"
+LANGUAGE_MODELS = (BASE, CHECKPOINT, *(kind for kind in STAGE_KINDS if kind not in ("annotate", "reward", "compare")))
 
 
 def check_references(recipe: Recipe) -> list[Finding]:
     """Return (location, message) for everything that does not fit together; empty when all is well."""
-    findings = [*_roles(recipe)]
-    earlier: dict[str, str] = {BASE: BASE}
+    findings = [*_roles(recipe), *_seeds(recipe)]
+    earlier: dict[str, str] = dict.fromkeys(recipe.checkpoints, CHECKPOINT) | {BASE: BASE}
     names = {stage.name for stage in recipe.stages}
     for index, stage in enumerate(recipe.stages):
         loc: Loc = ("stages", index)
@@ -48,25 +43,32 @@ def _references(stage: Stage) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
     match stage:
         case SftStage():
             yield ("init",), stage.init, LANGUAGE_MODELS
+            yield from _data(stage.data)
         case AnnotateStage():
             yield ("policy",), stage.policy, LANGUAGE_MODELS
             yield from _judge(("judge",), stage.judge)
         case RewardStage():
             yield ("init",), stage.init, LANGUAGE_MODELS
-            if isinstance(stage.data, StageData):
-                yield ("data", "stage"), stage.data.stage, ("annotate",)
-        case PpoStage():
+            yield from _data(stage.data)
+        case OnlineStage():
             yield ("policy",), stage.policy, LANGUAGE_MODELS
             yield from _judge(("reward",), stage.reward)
-        case DpoStage():
+        case PreferenceStage():
             yield ("policy",), stage.policy, LANGUAGE_MODELS
-            if isinstance(stage.data, StageData):
-                yield ("data", "stage"), stage.data.stage, ("annotate",)
+            yield from _data(stage.data)
         case CompareStage():
             for index, name in enumerate(stage.candidates):
                 yield ("candidates", index), name, LANGUAGE_MODELS
             yield from _judge(("gold",), stage.gold)
-            yield from _judge(("reward",), stage.reward)
+            if stage.reward:
+                yield from _judge(("reward",), stage.reward)
+            if stage.pairs:
+                yield ("pairs",), stage.pairs, ("annotate",)
+
+
+def _data(data: DataSource) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
+    if isinstance(data, StageData):
+        yield ("data", "stage"), data.stage, ("annotate",)
 
 
 def _judge(loc: Loc, judge: Judge) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
@@ -89,7 +91,8 @@ def _reference_problem(
 
 
 def _article(kind: str) -> str:
-    return "the base model" if kind == BASE else f"a stage of kind {kind}"
+    plain = {BASE: "the base model", CHECKPOINT: "one of `checkpoints`"}
+    return plain.get(kind, f"a stage of kind {kind}")
 
 
 def _either(kinds: tuple[str, ...]) -> str:
@@ -98,13 +101,22 @@ def _either(kinds: tuple[str, ...]) -> str:
 
 def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
     """Yield what is wrong inside one stage."""
-    if isinstance(stage, PpoStage):
+    if isinstance(stage, OnlineStage):
         sequences = stage.prompts_per_step * stage.samples_per_prompt
+        if isinstance(stage, OnlineDpoStage):
+            sequences = stage.prompts_per_step
         if stage.minibatch_size > sequences:
+            most = "prompts_per_step" if isinstance(stage, OnlineDpoStage) else "prompts_per_step * samples_per_prompt"
+            yield ("minibatch_size",), f"must be at most {most} = {sequences}, got {stage.minibatch_size}"
+        if isinstance(stage, ReinforceStage) and stage.baseline == "group" and stage.samples_per_prompt < 2:
+            yield ("samples_per_prompt",), "baseline: group needs at least 2 samples of each prompt"
+        if isinstance(stage, PolicyGradientStage) and stage.redraws and stage.samples_per_prompt < 2:
             yield (
-                ("minibatch_size",),
-                f"must be at most prompts_per_step * samples_per_prompt = {sequences}, got {stage.minibatch_size}",
+                ("redraws",),
+                "dynamic sampling compares a prompt's samples: samples_per_prompt must be at least 2",
             )
+        if stage.overlong and stage.overlong.buffer > stage.max_response_tokens:
+            yield ("overlong", "buffer"), f"must be at most max_response_tokens = {stage.max_response_tokens}"
     if isinstance(stage, CompareStage):
         if stage.baseline not in stage.candidates:
             hint = near(stage.baseline, stage.candidates)
@@ -112,6 +124,20 @@ def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
         for index, name in enumerate(stage.candidates):
             if name in stage.candidates[:index]:
                 yield ("candidates", index), f"{name!r} is there twice"
+
+
+def _seeds(recipe: Recipe) -> Iterator[Finding]:
+    for index, seed in enumerate(recipe.seeds):
+        if seed in recipe.seeds[:index]:
+            yield ("seeds", index), f"{seed} is there twice"
+        elif not 0 <= seed < 2**31:
+            yield ("seeds", index), f"must be from 0 to {2**31 - 1}, got {seed}"
+    for index, stage in enumerate(recipe.stages):
+        if recipe.seeds and isinstance(stage, CompareStage):
+            repeated = {s.name for s in recipe.stages if isinstance(s, OnlineStage | PreferenceStage)}
+            if stage.baseline in repeated:
+                why = f"{stage.baseline!r} runs once per seed; the baseline must be one model, say the common start"
+                yield ("stages", index, "baseline"), why
 
 
 def _roles(recipe: Recipe) -> Iterator[Finding]:
@@ -125,6 +151,6 @@ def _roles(recipe: Recipe) -> Iterator[Finding]:
         yield ("roles", "rollout", "gpus"), f"{needed}, got {rollout.gpus:g}"
     if recipe.roles.reference.share == "policy":
         for stage in recipe.stages:
-            if isinstance(stage, PpoStage) and (stage.lora or recipe.lora) == "full":
+            if isinstance(stage, OnlineStage) and (stage.lora or recipe.lora) == "full":
                 why = f"stage {stage.name!r} trains all weights, so the policy cannot also be its own reference"
                 yield ("roles", "reference", "share"), f"{why}; leave `share` out or train with LoRA"

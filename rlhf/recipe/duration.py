@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.base import DataSource, HubData, PathData, StageData
+from rlhf.recipe.online_schema import OnlineStage, PpoStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import adapters, processes
 from rlhf.recipe.schedule import row_count
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, DpoStage, PpoStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
 BYTES_PER_TOKEN = 6  # of a jsonl line, its keys and quotes included
 FILLED = 0.7  # of max_response_tokens, in the mean
@@ -48,10 +50,11 @@ def stage_work(recipe: Recipe, stage: Stage) -> Work | None:
     """Return the tokens of a stage, estimated from the sizes of its files."""
     match stage:
         case SftStage():
-            tokens = _file_tokens(stage.data)
-            return None if tokens is None else Work(trained=tokens * stage.epochs)
-        case RewardStage() | DpoStage():
-            tokens = _pair_tokens(recipe, stage)
+            tokens = _data_tokens(recipe, stage.data)
+            share = 0.5 if isinstance(stage.data, StageData) else 1.0  # the best sample, one side of the pair
+            return None if tokens is None else Work(trained=share * tokens * stage.epochs)
+        case RewardStage() | PreferenceStage():
+            tokens = _data_tokens(recipe, stage.data)
             return None if tokens is None else Work(tokens * stage.epochs, tokens)
         case AnnotateStage() | CompareStage():
             tokens = _file_tokens(stage.prompts)
@@ -63,24 +66,26 @@ def stage_work(recipe: Recipe, stage: Stage) -> Work | None:
                 return Work(0, tokens, responses)
             count = len(stage.candidates)
             return Work(0, 4 * count * (tokens * stage.samples_per_prompt + responses), count * responses)
-        case PpoStage():
-            return _ppo_work(stage)
+        case OnlineStage():
+            return _online_work(stage)
 
 
-def _ppo_work(stage: PpoStage) -> Work | None:
+def _online_work(stage: OnlineStage) -> Work | None:
     tokens, rows = _file_tokens(stage.prompts), row_count(stage.prompts)
     if tokens is None or not rows:
         return None
     sequences = stage.steps * stage.prompts_per_step * stage.samples_per_prompt
     responses = sequences * FILLED * stage.max_response_tokens
     total = sequences * tokens / rows + responses
-    return Work(2 * stage.epochs * total, 5 * total, responses)
+    trained = 2 if isinstance(stage, PpoStage) else 1
+    return Work(trained * stage.epochs * total, 5 * total, responses)
 
 
-def _pair_tokens(recipe: Recipe, stage: RewardStage | DpoStage) -> float | None:
-    if not isinstance(stage.data, StageData):
-        return _file_tokens(stage.data)
-    source = next(other for other in recipe.stages if other.name == stage.data.stage)
+def _data_tokens(recipe: Recipe, data: DataSource) -> float | None:
+    """Return the tokens of a file's rows, or of both sides of the pairs that an annotate stage may yield."""
+    if not isinstance(data, StageData):
+        return _file_tokens(data)
+    source = next(other for other in recipe.stages if other.name == data.stage)
     assert isinstance(source, AnnotateStage)
     tokens = _file_tokens(source.prompts)
     if tokens is None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from rlhf.recipe.base import FunctionJudge, PathData
+from rlhf.recipe.base import FunctionJudge, LlmJudge, PathData
 from rlhf.recipe.messages import Loc, Problem
 from rlhf.recipe.schema import ModelSource, Recipe
 from rlhf.recipe.source import Node
@@ -52,6 +52,12 @@ class _Resolver:
             case FunctionJudge():
                 file, _, function = section.path.rpartition(":")
                 changes["path"] = f"{self.file(Path(file), (*loc, 'path'))}:{function}"
+            case LlmJudge() if section.url is None:
+                changes["model"] = self.model(section.model, (*loc, "model"))
+            case Recipe():
+                changes["checkpoints"] = {
+                    name: self.model(path, (*loc, "checkpoints", name)) for name, path in section.checkpoints.items()
+                }
             case ModelSource():
                 changes["path"] = self.model(section.path, (*loc, "path"))
                 if section.chat_template:

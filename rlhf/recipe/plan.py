@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
+from rlhf.recipe.online_schema import OnlineStage, PpoStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import Resources, RoleName, adapters, processes, threads, wanted
 from rlhf.recipe.schedule import Schedule, longest, microbatch_tokens, schedule
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import PpoStage, Stage
+from rlhf.recipe.seeds import expand_seeds
+from rlhf.recipe.stage_schema import SftStage, Stage
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,7 +70,7 @@ def make_plan(loaded: LoadedRecipe, resources: Resources) -> Plan:
     """
     from rlhf.models.loading import resolve_model
 
-    recipe = loaded.recipe
+    recipe = expand_seeds(loaded.recipe)
     shape = read_shape(resolve_model(recipe.model))
     stages = tuple(_stage_plan(recipe, stage, shape, int(resources.cpus)) for stage in recipe.stages)
     return Plan(
@@ -165,9 +168,13 @@ def _stage_plan(recipe: Recipe, stage: Stage, shape: ModelShape, cores: int) -> 
 
 def _model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) -> Model:
     """Return the copy of the model that a role holds in a stage."""
-    trained = (stage.kind, role) in {
-        ("sft", "policy"), ("dpo", "policy"), ("ppo", "policy"), ("ppo", "critic"), ("reward", "reward"),
-    }  # fmt: skip
+    match stage:
+        case SftStage() | PreferenceStage():
+            trained = role == "policy"
+        case OnlineStage():
+            trained = role in ("policy", "critic")
+        case _:
+            trained = stage.kind == "reward" and role == "reward"
     chosen = stage.critic_lora if isinstance(stage, PpoStage) and role == "critic" else getattr(stage, "lora", None)
     scalar = role in ("reward", "critic")
     return Model(shape, recipe.model.dtype, scalar, trained, adapters(recipe, chosen) if trained else None)
@@ -180,7 +187,7 @@ def _places(recipe: Recipe) -> dict[str, str]:
         count = f"{want.count} x " if want.count > 1 else ""
         engine = f" ({recipe.roles.rollout.engine})" if name == "rollout" else ""
         places[name] = f"{count}{where}{engine}"
-    if recipe.roles.reference.share and any(isinstance(stage, PpoStage) for stage in recipe.stages):
+    if recipe.roles.reference.share and any(isinstance(stage, OnlineStage) for stage in recipe.stages):
         places["reference"] = "in policy"
     return places
 
@@ -193,7 +200,7 @@ def _warnings(recipe: Recipe, stages: tuple[StagePlan, ...], resources: Resource
             needed, there = _gib(plan.main_memory), _gib(resources.memory_bytes)
             found.append(f"stage {stage.name} is estimated to need {needed} GiB of main memory, there are {there}")
         prompts = plan.schedule.get("prompts")
-        if isinstance(stage, PpoStage) and prompts is not None and prompts < stage.prompts_per_step:
+        if isinstance(stage, OnlineStage) and prompts is not None and prompts < stage.prompts_per_step:
             found.append(f"stage {stage.name} has {prompts} prompts but takes {stage.prompts_per_step} a step")
     return found
 

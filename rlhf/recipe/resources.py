@@ -9,8 +9,10 @@ from typing import Literal, get_args
 
 from rlhf.errors import ResourceError
 from rlhf.recipe.base import Lora, ModelJudge
+from rlhf.recipe.online_schema import OnlineStage, PpoStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, DpoStage, PpoStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
 RoleName = Literal["policy", "reference", "reward", "critic", "rollout"]
 
@@ -62,15 +64,16 @@ def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
 
 def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
     match stage:
-        case SftStage() | DpoStage():
+        case SftStage() | PreferenceStage():
             return ("policy",)
         case RewardStage():
             return ("reward",)
         case AnnotateStage():
             return (*_reward(stage.judge), "rollout")
-        case PpoStage():
+        case OnlineStage():
             reference: tuple[RoleName, ...] = () if recipe.roles.reference.share else ("reference",)
-            return ("policy", *reference, *_reward(stage.reward), "critic", "rollout")
+            critic: tuple[RoleName, ...] = ("critic",) if isinstance(stage, PpoStage) else ()
+            return ("policy", *reference, *_reward(stage.reward), *critic, "rollout")
         case CompareStage():
             return ("policy", *_reward(stage.gold, stage.reward), "rollout")
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Mapping
 
 from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, DpoStage, PpoStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_base import Training
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
 Schedule = Mapping[str, int]
 
@@ -19,21 +22,20 @@ def schedule(recipe: Recipe, stage: Stage) -> Schedule:
     known before it has run, so counts that hang on it are upper bounds and end in `_at_most`.
     """
     match stage:
-        case SftStage():
-            return _rows(stage.data) | _steps(stage, row_count(stage.data), "")
-        case RewardStage() | DpoStage():
+        case SftStage() | RewardStage() | PreferenceStage():
             if isinstance(stage.data, StageData):
                 pairs = _pairs(recipe, stage.data.stage)
                 known = {} if pairs is None else {"pairs_at_most": pairs}
                 return known | _steps(stage, pairs, "_at_most")
             pairs = row_count(stage.data)
-            trained = None if pairs is None else pairs - round(pairs * stage.heldout_fraction)
+            heldout = 0.0 if isinstance(stage, SftStage) else stage.heldout_fraction
+            trained = None if pairs is None else pairs - round(pairs * heldout)
             return _rows(stage.data) | _steps(stage, trained, "")
         case AnnotateStage():
             prompts = row_count(stage.prompts)
             return _rows(stage.prompts, "prompts") | _sampling(stage, prompts, stage.samples_per_prompt)
-        case PpoStage():
-            return _rows(stage.prompts, "prompts") | _ppo(stage)
+        case OnlineStage():
+            return _rows(stage.prompts, "prompts") | _online(stage)
         case CompareStage():
             prompts = row_count(stage.prompts)
             samples = stage.samples_per_prompt * len(stage.candidates)
@@ -51,7 +53,7 @@ def row_count(data: PathData | HubData) -> int | None:
 
 def longest(recipe: Recipe) -> int:
     """Return the most tokens, prompt and response, that the rollout engine sees in any stage; 0 without one."""
-    sampling = (stage for stage in recipe.stages if isinstance(stage, AnnotateStage | PpoStage | CompareStage))
+    sampling = (stage for stage in recipe.stages if isinstance(stage, AnnotateStage | OnlineStage | CompareStage))
     return max((_tokens(stage) for stage in sampling), default=0)
 
 
@@ -60,16 +62,16 @@ def microbatch_tokens(stage: Stage) -> int:
     match stage:
         case SftStage():
             row, rows = stage.max_length, stage.batch_size
-        case RewardStage() | DpoStage():
+        case RewardStage() | PreferenceStage():
             row, rows = 2 * stage.max_length, stage.batch_size
-        case PpoStage():
+        case OnlineStage():
             row, rows = _tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
         case _:
             return max(_tokens(stage), stage.max_tokens_per_microbatch)
     return max(row, min(row * rows, stage.max_tokens_per_microbatch))
 
 
-def _tokens(stage: AnnotateStage | PpoStage | CompareStage) -> int:
+def _tokens(stage: AnnotateStage | OnlineStage | CompareStage) -> int:
     return stage.max_prompt_tokens + stage.max_response_tokens
 
 
@@ -78,7 +80,7 @@ def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:
     return {} if rows is None else {name: rows}
 
 
-def _steps(stage: SftStage | RewardStage | DpoStage, rows: int | None, ending: str) -> dict[str, int]:
+def _steps(stage: Training, rows: int | None, ending: str) -> dict[str, int]:
     known = {} if rows is None else {f"optimizer_steps{ending}": stage.epochs * math.ceil(rows / stage.batch_size)}
     return {**known, "batch_size": stage.batch_size, "max_tokens": stage.max_length}
 
@@ -97,9 +99,10 @@ def _sampling(stage: AnnotateStage | CompareStage, prompts: int | None, samples:
     return {**known, "max_tokens": _tokens(stage)}
 
 
-def _ppo(stage: PpoStage) -> dict[str, int]:
+def _online(stage: OnlineStage) -> dict[str, int]:
     sequences = stage.prompts_per_step * stage.samples_per_prompt
-    minibatches = math.ceil(sequences / stage.minibatch_size)
+    trained = stage.prompts_per_step if isinstance(stage, OnlineDpoStage) else sequences
+    minibatches = math.ceil(trained / stage.minibatch_size)
     return {
         "steps": stage.steps,
         "sequences_per_step": sequences,

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from rlhf.recipe.base import Lora, Strict
+from rlhf.recipe.base import Budget, Lora, Strict
 from rlhf.recipe.stage_schema import Stage
 
 
@@ -86,5 +86,15 @@ class Recipe(Strict):
     ray: Ray = Ray()
     roles: Roles = Roles()
     tracking: Tracking = Tracking()
+    checkpoints: dict[str, str] = Field(
+        default_factory=dict, description="name -> folder or hub id: models from elsewhere that stages may refer to"
+    )
+    seeds: list[int] = Field(
+        default_factory=list, description="run every preference and online stage once per seed, each as a branch"
+    )
+    budget: Budget | None = Field(None, description="the same limit for every preference and online stage")
+    on_diagnosis: Literal["warn", "stop"] = Field(
+        "warn", description="what a diagnosis like a KL blow-up does to a stage that trains"
+    )
     output_dir: Path = Field(Path("runs"), description="run folders are made here, relative to the working directory")
     stages: list[Stage] = Field(min_length=1)

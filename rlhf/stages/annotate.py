@@ -34,6 +34,7 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
         part = prompts[start : start + PROMPTS_PER_CALL]
         seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in part]
         rollouts = engine.generate(part, sampling, seeds).result()
+        context.tracker.spend(generated_tokens=sum(len(r.tokens) for r in rollouts))
         scores = judge.score(rollouts).result().tolist()
         for row in range(0, len(rollouts), stage.samples_per_prompt):
             group = slice(row, row + stage.samples_per_prompt)

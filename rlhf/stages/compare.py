@@ -10,11 +10,11 @@ from torch import Tensor
 from rlhf.algorithms.logprobs import sequence_logprobs
 from rlhf.algorithms.masked import masked_mean
 from rlhf.data.collate import collate_rollouts
-from rlhf.data.reading import read_conversations, read_prompts
+from rlhf.data.reading import read_prompts
 from rlhf.data.tokenize import tokenize_prompts
-from rlhf.errors import DataError, GuardError
+from rlhf.errors import GuardError
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import Agreement, AnnotateStage, CompareStage, PpoStage, SftStage
+from rlhf.recipe.stage_schema import Agreement, CompareStage
 from rlhf.report.curves import read_curves
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
@@ -38,7 +38,6 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     """
     tokenizer = context.tokenizer(stage.baseline)
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
-    check_disjoint(prompts, context.recipe)
     context.tracker.begin("sampling", len(stage.candidates))
     drawn: Drawn = {}
     for index, name in enumerate(stage.candidates):
@@ -54,23 +53,6 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     comparison = compare(candidates, stage.baseline, context.seed("bootstrap"), stage.bootstrap_samples)
     _report(comparison, candidates, stage, context)
     return {result.name: result.gold for result in comparison.candidates}
-
-
-def check_disjoint(prompts: Sequence[Prompt], recipe: Recipe) -> None:
-    """Refuse to judge on prompts that any stage has trained or annotated on."""
-    held_out = {prompt.text for prompt in prompts}
-    for stage in recipe.stages:
-        if isinstance(stage, AnnotateStage | PpoStage):
-            seen = {row.text for row in read_prompts(stage.prompts)}
-        elif isinstance(stage, SftStage):
-            seen = {message["content"] for row in read_conversations(stage.data) for message in row.messages[:1]}
-        else:
-            continue
-        if shared := held_out & seen:
-            raise DataError(
-                f"{len(shared)} of {len(held_out)} comparison prompts are also in stages.{stage.name},"
-                f" for example {min(shared)!r}; hold them out"
-            )
 
 
 def _draw(

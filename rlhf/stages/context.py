@@ -10,8 +10,11 @@ from typing import Literal
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.recipe.base import FunctionJudge, Judge, Lora, Optimizer
+from rlhf.recipe.online_schema import OnlineStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import RoleName
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import Stage
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.model import ModelReward
@@ -22,7 +25,11 @@ from rlhf.tracking import Tracker
 
 @dataclass(frozen=True)
 class StageContext:
-    """One stage's surroundings. `outputs` maps `base` and each finished stage to its folder."""
+    """One stage's surroundings.
+
+    `outputs` maps `base`, the recipe's `checkpoints` and each finished stage to its folder; `devices` counts the
+    accelerators (CPU cores where there are none) that the stage holds.
+    """
 
     recipe: Recipe
     stage: Stage
@@ -32,14 +39,34 @@ class StageContext:
     tracker: Tracker
     threads: Mapping[RoleName, int]
     max_length: int
+    devices: float
 
     def seed(self, *parts: str | int) -> int:
         """Return a seed for one purpose inside this stage."""
-        return derive(self.recipe.seed, self.stage.name, *parts)
+        seed = self.recipe.seed if self.stage.seed is None else self.stage.seed
+        return derive(seed, self.stage.name.partition(MARK)[0], *parts)
+
+    def spent(self) -> float:
+        """Return the share of the recipe's budget that this stage has used, by the nearest limit; 0 without one."""
+        budget, cost = self.recipe.budget, self.tracker.cost
+        if budget is None or not isinstance(self.stage, OnlineStage | PreferenceStage):
+            return 0.0
+        pairs = (
+            (cost.gradient_tokens, budget.gradient_tokens),
+            (cost.generated_tokens, budget.generated_tokens),
+            (cost.seconds * self.devices, budget.accelerator_seconds),
+        )
+        return max((used / limit for used, limit in pairs if limit is not None), default=0.0)
+
+    def total_steps(self, step: int, planned: int) -> int:
+        """Return how many steps the stage will make: those planned, or fewer where the budget ends before."""
+        used = self.spent()
+        return planned if used == 0 else min(planned, max(step + 1, round(step / used)))
 
     def checkpoint(self, name: str) -> Path:
         """Return the Hugging Face folder of `base` or of a finished stage."""
-        return self.outputs[name] if name == "base" else self.outputs[name] / "model"
+        bare = name == "base" or name in self.recipe.checkpoints
+        return self.outputs[name] if bare else self.outputs[name] / "model"
 
     def tokenizer(self, name: str) -> ChatTokenizer:
         """Load the tokenizer of a checkpoint."""

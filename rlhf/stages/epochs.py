@@ -32,15 +32,19 @@ def train_epochs(
     context.tracker.begin("training", len(plan))
     skipped = 0
     for index, picked in enumerate(plan):
+        if context.spent() >= 1:
+            break
         start = time.perf_counter()
         batch = collate([rows[row] for row in picked])
-        scale = lr_scale(stage.optimizer, index, len(plan))
+        scale = lr_scale(stage.optimizer, index, context.total_steps(index, len(plan)))
         metrics = learner.train(batch, objective, [range(len(picked))], scale).result()
         skipped = skipped + 1 if metrics["skipped_steps"] else 0
         if skipped == min(MAX_SKIPPED, len(plan)):
             raise GuardError(
                 f"the gradient was not finite {skipped} steps in a row; lower optimizer.learning_rate or use float32"
             )
-        speed = float(batch.lengths().sum()) / (time.perf_counter() - start)
+        tokens = int(batch.lengths().sum())
+        context.tracker.spend(gradient_tokens=tokens)
+        speed = tokens / (time.perf_counter() - start)
         extra = {"learning_rate": scale * stage.optimizer.learning_rate, "tokens_per_second": speed}
         context.tracker.log(index + 1, {**metrics, **extra})

@@ -1,6 +1,10 @@
 """Weights through shared memory: exact, bounded, refused when damaged, and never left behind."""
 
+import json
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,17 +159,41 @@ def test_the_file_goes_when_the_receiver_fails():
     assert not paths[0].exists()
 
 
-def test_the_file_goes_when_the_weights_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.engines.shared_memory._folder", lambda size: str(tmp_path))
+def open_buckets() -> list[str]:
+    links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    return [link for link in links if "rlhf-weights" in link]
 
+
+def test_the_file_goes_when_the_weights_fail():
     def failing():
         yield "w", torch.ones(3)
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(open_buckets()) == 1
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         send(failing(), Receiver().update_weights)
-    assert not list(tmp_path.iterdir())
+    assert not open_buckets()
+
+
+KILLED_SENDER = """
+import json, sys, time, torch
+from rlhf.engines.shared_memory import send
+def announce(bucket):
+    print(json.dumps(bucket), flush=True)
+    time.sleep(60)
+send({"w": torch.arange(5.0)}.items(), announce)
+"""
+
+
+def test_the_file_goes_when_the_sender_is_killed_and_what_was_received_stays():
+    with subprocess.Popen([sys.executable, "-c", KILLED_SENDER], stdout=subprocess.PIPE, text=True) as sender:
+        assert sender.stdout is not None
+        bucket = Bucket(**json.loads(sender.stdout.readline()))
+        [(_, tensor)] = receive(bucket, Checksum())
+        sender.kill()
+    assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(TrainingError, match="same machine"):
+        receive(bucket, Checksum())
 
 
 def test_the_sender_may_reuse_its_memory():

@@ -1,0 +1,136 @@
+"""Stages that train a policy on its own rollouts: siblings, each with only the keys that its method knows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from rlhf.recipe.base import FileData, Fraction, FunctionJudge, Judge, Lora, Optimizer, Positive, Strict
+from rlhf.recipe.stage_base import StageBase
+
+
+class Agreement(Strict):
+    """The gate between engine and trainer: both compute the logprobs of the same sampled tokens."""
+
+    tolerance: Positive = Field(0.1, description="largest mean |difference| in nats; above it the run stops")
+    interval: PositiveInt = Field(1, description="check every so many steps, beside the first")
+
+
+class Overlong(Strict):
+    """Soft punishment of long responses (DAPO, Yu et al. 2025, eq. 13)."""
+
+    buffer: PositiveInt = Field(description="the last tokens before max_response_tokens over which it grows")
+    penalty: Positive = Field(1.0, description="subtracted from the score of a response of max_response_tokens")
+
+
+class OnlineStage(StageBase):
+    """What they share: prompts, rollouts, a reward and the guards."""
+
+    policy: str
+    reward: Judge
+    prompts: FileData
+    steps: PositiveInt
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: PositiveInt = 1
+    epochs: PositiveInt = Field(1, description="passes over each step's experience")
+    minibatch_size: PositiveInt = Field(16, description="sequences (or pairs) per optimizer step")
+    max_prompt_tokens: PositiveInt = 512
+    max_response_tokens: PositiveInt = 256
+    temperature: Positive = 1.0
+    lora: Lora | Literal["full"] | None = None
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
+    score_clip: Positive = Field(
+        5.0, description="scores are clipped to [-score_clip, score_clip] (a reward model's have sd 1)"
+    )
+    missing_eos_penalty: float = Field(1.0, ge=0, description="subtracted when a response has no end-of-sequence")
+    overlong: Overlong | None = None
+    gold: FunctionJudge | None = Field(None, description="only watched: its mean is logged at every step")
+    max_kl: Positive = Field(100.0, description="guard: stop when the sequence KL to the reference exceeds this")
+    agreement: Agreement = Agreement()
+    save_every: PositiveInt | None = Field(None, description="write a policy checkpoint every so many steps")
+
+
+class PolicyGradientStage(OnlineStage):
+    """What the policy-gradient methods share: the clipped surrogate and the KL to the reference."""
+
+    clip_range: Positive = 0.2
+    clip_range_high: Positive | None = Field(None, description="upper clip, if wider (clip-higher, Yu et al. 2025)")
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="mean of the loss over all response tokens, over sequences of their token means (GRPO), or sum "
+        "divided by sequences times max_response_tokens (Dr. GRPO)",
+    )
+    importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
+    kl_coef: float = Field(0.02, ge=0, description="weight of the per-token KL to the reference")
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    target_kl: Positive | None = Field(
+        None, description="adapt kl_coef so that the sequence KL goes to this many nats (Ziegler et al. 2019)"
+    )
+    kl_horizon: PositiveInt = Field(10_000, description="rollouts over which an adaptive kl_coef reacts")
+    whiten_scores: bool = Field(False, description="scale the scores of each step to mean 0 and variance 1")
+    redraws: int = Field(
+        0, ge=0, description="dynamic sampling: batches drawn at most in place of groups whose scores are all equal"
+    )
+
+
+class PpoStage(PolicyGradientStage):
+    """PPO with a critic (Schulman et al. 2017; Ouyang et al. 2022)."""
+
+    kind: Literal["ppo"]
+    epochs: PositiveInt = Field(2, description="passes over each step's experience")
+    critic_lora: Lora | Literal["full"] | None = None
+    critic_optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
+    value_clip_range: Positive = 0.2
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+
+
+class GrpoStage(PolicyGradientStage):
+    """GRPO (Shao et al. 2024): scores centred and scaled within the group of a prompt's samples, no critic."""
+
+    kind: Literal["grpo"]
+    samples_per_prompt: int = Field(8, ge=2)
+    aggregation: Literal["token", "sequence", "constant"] = "sequence"
+    kl_coef: float = Field(0.04, ge=0)
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class DrGrpoStage(PolicyGradientStage):
+    """Dr. GRPO (Liu et al. 2025): GRPO without the division by the group's spread and by response lengths."""
+
+    kind: Literal["dr_grpo"]
+    samples_per_prompt: int = Field(8, ge=2)
+    aggregation: Literal["token", "sequence", "constant"] = "constant"
+    kl_coef: float = Field(0.0, ge=0)
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class RlooStage(PolicyGradientStage):
+    """RLOO (Ahmadian et al. 2024): the baseline of a sample is the mean of the others of its prompt."""
+
+    kind: Literal["rloo"]
+    samples_per_prompt: int = Field(4, ge=2)
+    kl_coef: float = Field(0.05, ge=0)
+
+
+class ReinforceStage(PolicyGradientStage):
+    """REINFORCE++ (Hu et al. 2025): advantages whitened over the whole batch; `group` subtracts group means first."""
+
+    kind: Literal["reinforce_pp"]
+    baseline: Literal["batch", "group"] = "batch"
+    gamma: Fraction = 1.0
+
+
+class OnlineDpoStage(OnlineStage):
+    """Online DPO (Guo et al. 2024): at every step the best sample of a prompt against the worst."""
+
+    kind: Literal["online_dpo"]
+    samples_per_prompt: int = Field(2, ge=2)
+    beta: Positive = 0.1
+
+
+AnyOnlineStage = PpoStage | GrpoStage | DrGrpoStage | RlooStage | ReinforceStage | OnlineDpoStage

@@ -1,0 +1,33 @@
+"""What stages have in common."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from rlhf.recipe.base import Lora, Optimizer, Strict
+
+NAME = r"^[a-z][a-z0-9_-]*$"
+MARK = "@"
+"""Between the name of a stage and the seed of one of its runs: `ppo@2`."""
+
+
+class StageBase(Strict):
+    """What all stages have."""
+
+    name: str = Field(pattern=NAME)
+    seed: int | None = Field(None, ge=0, lt=2**31, description="overrides the recipe's `seed` for this stage")
+    max_tokens_per_microbatch: PositiveInt = Field(
+        4096, description="padded tokens in one forward/backward pass; results do not depend on it"
+    )
+
+
+class Training(StageBase):
+    """What all stages that train have; `batch_size` counts sequences (or pairs) per optimizer step."""
+
+    lora: Lora | Literal["full"] | None = Field(None, description="overrides the recipe's `lora`; `full` trains all")
+    optimizer: Optimizer = Optimizer()
+    batch_size: PositiveInt = 16
+    epochs: PositiveInt = 1
+    max_length: PositiveInt = Field(1024, description="prompt + response tokens; longer rows are errors")
