@@ -23,6 +23,7 @@ from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError
+from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe, Role
 
@@ -37,6 +38,8 @@ class RayLauncher:
         self.deadline_s = recipe.ray.call_timeout_s
         self.actors: dict[str, Any] = {}
         self.engine: RayRollout | None = None
+        self.shape = ""
+        self.started = 0
         self.group: PlacementGroup | None = None
         self.bundles: dict[str, dict[str, float]] = {}
 
@@ -57,8 +60,14 @@ class RayLauncher:
         return self._model(spec)
 
     def rollout(self, spec: RolloutSpec) -> RayRollout:
-        """Start the engine's replicas on the first call; later ones load the checkpoint into them."""
+        """Start the engine's replicas; a later checkpoint of the same architecture is loaded into them."""
+        shape = architecture_digest(spec.checkpoint)
+        if self.engine is not None and shape != self.shape:
+            for replica in self.engine.replicas:
+                ray.kill(replica)
+            self.engine = None
         if self.engine is None:
+            self.shape = shape
             role = self.recipe.roles.rollout
             environment = vllm_environment(spec.threads, role.kv_cache_gib)
             names = [f"rollout-{index}" for index in range(role.replicas)]
@@ -87,12 +96,13 @@ class RayLauncher:
             self.group, placement_group_bundle_index=list(self.bundles).index(name)
         )
         remote = ray.remote(kind).options(
-            name=f"{self.recipe.name}-{os.getpid()}-{name}",
+            name=f"{self.recipe.name}-{os.getpid()}-{name}-{self.started}",
             num_cpus=role.cpus,
             num_gpus=role.gpus,
             scheduling_strategy=place,
             runtime_env={"env_vars": environment},
         )
+        self.started += 1
         log.info("starting %s", name)
         return remote.remote(*arguments)
 

@@ -16,6 +16,10 @@ from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage, upstream
 
+SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 
 
@@ -49,6 +53,15 @@ def folder_digest(folder: Path) -> str:
     """Return the sha256 over a model folder's weights, settings and tokenizer."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     return hashlib.sha256("".join(file.name + file_digest(file) for file in files).encode()).hexdigest()
+
+
+def architecture_digest(folder: Path) -> str:
+    """Return what two model folders must have in common for one rollout engine to serve both: shape and vocabulary."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = folder / "tokenizer.json"
+    words = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    content = [[config.get(key) for key in SHAPE], words.get("model", {}).get("vocab"), words.get("added_tokens")]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(section: BaseModel) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
 from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
+from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.schema import Recipe
 from rlhf.roles import Ready, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
@@ -98,6 +99,7 @@ class LocalLauncher:
     def __init__(self, recipe: Recipe) -> None:
         self.name = recipe.name
         self.engine: LocalRollout | None = None
+        self.shape = ""
 
     def policy(self, spec: LearnerSpec) -> LocalModel:
         """Build the policy."""
@@ -116,9 +118,10 @@ class LocalLauncher:
         return LocalModel(spec)
 
     def rollout(self, spec: RolloutSpec) -> LocalRollout:
-        """Build the engine on the first call; later ones load the folder into it."""
-        if self.engine is None:
-            self.engine = LocalRollout(spec)
+        """Build the engine; a later checkpoint of the same architecture is loaded into it."""
+        shape = architecture_digest(spec.checkpoint)
+        if self.engine is None or shape != self.shape:
+            self.engine, self.shape = LocalRollout(spec), shape
         else:
             self.engine.load(spec.checkpoint, 0)
         return self.engine

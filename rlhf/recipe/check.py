@@ -82,21 +82,19 @@ def _reference_problem(
     kind = earlier.get(name)
     if kind in kinds:
         return None
+    fitting = [other for other, its_kind in earlier.items() if its_kind in kinds]
     if kind is not None:
-        return f"{name!r} is {_article(kind)}, but one of kind {_either(kinds)} is needed here"
+        needed = "a language model" if kinds == LANGUAGE_MODELS else f"a stage of kind {' or '.join(kinds)}"
+        there = f" (there are {', '.join(fitting)})" if fitting else ""
+        return f"{name!r} is {_article(kind)}, but {needed} is needed here{there}"
     if name in names:
         return f"stage {name!r} comes later; a stage can only use earlier ones"
-    fitting = [other for other, its_kind in earlier.items() if its_kind in kinds]
     return f"no stage is named {name!r}{near(name, fitting)}"
 
 
 def _article(kind: str) -> str:
     plain = {BASE: "the base model", CHECKPOINT: "one of `checkpoints`"}
     return plain.get(kind, f"a stage of kind {kind}")
-
-
-def _either(kinds: tuple[str, ...]) -> str:
-    return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
 
 
 def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:

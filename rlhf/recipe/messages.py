@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.source import Node
-from rlhf.recipe.stage_schema import NAME
+from rlhf.recipe.stage_base import NAME
 
 Loc = tuple[str | int, ...]
 MAX_LINES = 6

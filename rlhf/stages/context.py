@@ -64,9 +64,17 @@ class StageContext:
         return planned if used == 0 else min(planned, max(step + 1, round(step / used)))
 
     def checkpoint(self, name: str) -> Path:
-        """Return the Hugging Face folder of `base` or of a finished stage."""
-        bare = name == "base" or name in self.recipe.checkpoints
-        return self.outputs[name] if bare else self.outputs[name] / "model"
+        """Return the Hugging Face folder of `base`, of one of `checkpoints`, of a finished stage or of `stage/step-3`."""
+        stage, _, saved = name.partition("/")
+        if stage == "base" or stage in self.recipe.checkpoints:
+            return self.outputs[stage]
+        return self.outputs[stage] / ("checkpoints" if saved else "model") / saved
+
+    def saved(self, name: str) -> list[str]:
+        """Return the checkpoints that a stage saved on its way, first to last, as `checkpoint` takes them."""
+        folders = (self.outputs[name] / "checkpoints").glob("step-*")
+        steps = sorted(int(folder.name.removeprefix("step-")) for folder in folders)
+        return [f"{name}/step-{step}" for step in steps]
 
     def tokenizer(self, name: str) -> ChatTokenizer:
         """Load the tokenizer of a checkpoint."""

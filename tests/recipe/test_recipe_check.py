@@ -6,7 +6,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe.check import check_references
 
 LATER = "a stage can only use earlier ones"
-NEEDS = "but one of kind base, sft, ppo or dpo is needed here"
+NEEDS = "but a language model is needed here (there are base, sft"
 
 
 @pytest.mark.parametrize(
@@ -30,28 +30,28 @@ NEEDS = "but one of kind base, sft, ppo or dpo is needed here"
         (
             "policy: sft\n    reward",
             "policy: pairs\n    reward",
-            f"18:13: stages.ppo.policy: 'pairs' is a stage of kind annotate, {NEEDS}",
+            f"18:13: stages.ppo.policy: 'pairs' is a stage of kind annotate, {NEEDS})",
         ),
-        ("init: sft", "init: pairs", f"14:11: stages.rm.init: 'pairs' is a stage of kind annotate, {NEEDS}"),
+        ("init: sft", "init: pairs", f"14:11: stages.rm.init: 'pairs' is a stage of kind annotate, {NEEDS})"),
         (
             "data: {stage: pairs}\n  - name: ppo",
             "data: {stage: sft}\n  - name: ppo",
-            "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, but one of kind annotate is needed here",
+            "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, but a stage of kind annotate is needed here (there are pairs)",
         ),
         (
             "data: {stage: pairs}\n  - name: duel",
             "data: {stage: base}\n  - name: duel",
-            "28:19: stages.dpo.data.stage: 'base' is the base model, but one of kind annotate is needed here",
+            "28:19: stages.dpo.data.stage: 'base' is the base model, but a stage of kind annotate is needed here (there are pairs)",
         ),
         (
             "reward: {kind: model, stage: rm}\n    prompts",
             "reward: {kind: model, stage: sft}\n    prompts",
-            "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, but one of kind reward is needed here",
+            "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, but a stage of kind reward is needed here (there are rm)",
         ),
         (
             "[sft, ppo, dpo]",
             "[sft, rm, dpo]",
-            f"31:23: stages.duel.candidates[1]: 'rm' is a stage of kind reward, {NEEDS}",
+            f"31:23: stages.duel.candidates[1]: 'rm' is a stage of kind reward, {NEEDS}, ppo, dpo)",
         ),
         ("[sft, ppo, dpo]", "[sft, ppo, sft]", "31:28: stages.duel.candidates[2]: 'sft' is there twice"),
         ("baseline: sft", "baseline: base", "32:15: stages.duel.baseline: 'base' is not among the candidates"),

@@ -38,7 +38,8 @@ def message(folder, text, *overrides):
             "kind: reward",
             "kind: rewrad",
             "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'annotate', 'reward', 'ppo', "
-            "'dpo', 'compare', got 'rewrad' (did you mean reward?)",
+            "'grpo', 'dr_grpo', 'rloo', 'reinforce_pp', 'online_dpo', 'dpo', 'robust_dpo', 'ipo', 'hinge', 'simpo', "
+            "'orpo', 'kto', 'compare', got 'rewrad' (did you mean reward?)",
         ),
         ("    kind: reward\n", "", "recipe.yaml:12:5: stages.rm.kind: required but missing"),
         (
@@ -76,9 +77,9 @@ def message(folder, text, *overrides):
             "recipe, got 'rewards.py'",
         ),
         (
-            "data: {path: data/sft.jsonl}",
-            "data: {stage: pairs}",
-            "recipe.yaml:6:12: stages.sft.data.stage: not possible here, use one of 'path', 'hub'",
+            "prompts: {path: data/heldout.jsonl}",
+            "prompts: {stage: pairs}",
+            "recipe.yaml:33:15: stages.duel.prompts.stage: not possible here, use one of 'path', 'hub'",
         ),
         (
             "candidates: [sft, ppo, dpo]",
@@ -208,8 +209,8 @@ def test_missing_folder_and_oversized_recipe(folder):
         ("stages.sft.data.path=no.jsonl", "--set stages.sft.data.path: file not found: no.jsonl"),
         (
             "stages.ppo.policy=rm",
-            "--set stages.ppo.policy: 'rm' is a stage of kind reward, but one of kind base, sft, ppo "
-            "or dpo is needed here",
+            "--set stages.ppo.policy: 'rm' is a stage of kind reward, but a language model is needed here "
+            "(there are base, sft)",
         ),
         ("seed", "--set seed: must look like stages.ppo.kl_coef=0.05"),
         ("=3", "--set =3: must look like stages.ppo.kl_coef=0.05"),
