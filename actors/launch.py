@@ -7,11 +7,13 @@ import math
 import os
 import secrets
 import signal
+import socket
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import resolve_ip_for_localhost
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,9 +27,10 @@ from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.resources import wanted
-from rlhf.recipe.schema import Recipe, Role
+from rlhf.recipe.schema import Recipe, Role, RolloutRole
 
 log = logging.getLogger("rlhf")
+CONNECT_TIMEOUT_S = 10.0
 
 
 class RayLauncher:
@@ -39,6 +42,7 @@ class RayLauncher:
         self.actors: dict[str, Any] = {}
         self.engine: RayRollout | None = None
         self.shape = ""
+        self.judging: tuple[RolloutSpec, RayRollout] | None = None
         self.started = 0
         self.group: PlacementGroup | None = None
         self.bundles: dict[str, dict[str, float]] = {}
@@ -67,19 +71,28 @@ class RayLauncher:
                 ray.kill(replica)
             self.engine = None
         if self.engine is None:
-            self.shape = shape
-            role = self.recipe.roles.rollout
-            environment = vllm_environment(spec.threads, role.kv_cache_gib)
-            names = [f"rollout-{index}" for index in range(role.replicas)]
-            replicas = [self._start(name, RolloutActor, role, environment, spec) for name in names]
-            self.engine = RayRollout(replicas, self.deadline_s)
+            self.engine, self.shape = self._engine("rollout", spec), shape
         else:
             self.engine.load(spec.checkpoint, 0).result()
         return self.engine
 
+    def judge(self, spec: RolloutSpec) -> RayRollout:
+        """Start the judge's replicas in their own processes; another model gets new ones in their place."""
+        if self.judging is None or self.judging[0] != spec:
+            for replica in self.judging[1].replicas if self.judging else ():
+                ray.kill(replica)
+            self.judging = spec, self._engine("judge", spec)
+        return self.judging[1]
+
     def release(self) -> None:
-        """Free the models; the processes and the rollout engine stay for the next stage."""
+        """Free the models; the processes and the engines stay for the next stage."""
         wait_for([actor.drop.remote() for actor in self.actors.values()], "drop", self.deadline_s)
+
+    def _engine(self, name: str, spec: RolloutSpec) -> RayRollout:
+        environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
+        names = [f"{name}-{index}" for index in range(spec.role.replicas)]
+        replicas = [self._start(replica, RolloutActor, spec.role, environment, spec) for replica in names]
+        return RayRollout(replicas, self.deadline_s, name)
 
     def _model(self, spec: LearnerSpec) -> RayModel:
         if spec.role not in self.actors:
@@ -123,7 +136,8 @@ class RayLauncher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End every actor of this run and leave Ray."""
-        for actor in [*self.actors.values(), *(self.engine.replicas if self.engine else ())]:
+        engines = [engine for engine in (self.engine, self.judging and self.judging[1]) if engine]
+        for actor in [*self.actors.values(), *(replica for engine in engines for replica in engine.replicas)]:
             ray.kill(actor)
         if self.group is not None:
             remove_placement_group(self.group)
@@ -139,20 +153,15 @@ def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
         if name not in used:
             continue
         resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
-        names = [f"rollout-{index}" for index in range(recipe.roles.rollout.replicas)] if name == "rollout" else [name]
+        names = [f"{name}-{index}" for index in range(role.replicas)] if isinstance(role, RolloutRole) else [name]
         bundles |= dict.fromkeys(names, resources)
     return bundles
 
 
 def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
     """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
-    if address := recipe.ray.address:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ResourceError(f"ray.address: no Ray cluster answers at {address}: {_first_line(error)}") from error
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
+    if recipe.ray.address:
+        _join(recipe.ray.address)
         return
     try:
         _start_on_loopback(math.ceil(sum(bundle["CPU"] for bundle in bundles.values())))
@@ -160,6 +169,21 @@ def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
         raise ResourceError(
             f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"
         ) from error
+
+
+def _join(address: str) -> None:
+    try:
+        if address != "auto":  # ray.init would try for ever where nothing listens
+            host, _, port = address.rpartition(":")
+            socket.create_connection((resolve_ip_for_localhost(host), int(port)), CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"ray.address: cannot join a Ray cluster at {address}: {_first_line(error)}; is it up, and is"
+            " RAY_AUTH_TOKEN set here if it has token authentication?"
+        ) from error
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
 
 
 def _start_on_loopback(slots: int) -> None:

@@ -133,11 +133,12 @@ class TransformersReplica:
 
 
 class RayRollout:
-    """A `RolloutEngine` of one or more replicas."""
+    """A `RolloutEngine` of one or more replicas; `role` names them in messages."""
 
-    def __init__(self, replicas: list[ActorHandle], deadline_s: float) -> None:
+    def __init__(self, replicas: list[ActorHandle], deadline_s: float, role: str = "rollout") -> None:
         self.replicas = replicas
         self.deadline_s = deadline_s
+        self.role = role
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> DealtRollouts:
         """Deal the prompts out to the replicas; the result comes in the order of prompts and seeds."""
@@ -146,26 +147,27 @@ class RayRollout:
             replica.generate.remote(list(prompts[index::count]), sampling, list(seeds[index::count]))
             for index, replica in enumerate(self.replicas)
         ]
-        return DealtRollouts(references, [len(row) for row in seeds], self.deadline_s)
+        return DealtRollouts(references, [len(row) for row in seeds], self.deadline_s, self.role)
 
     def load(self, folder: Path, version: int) -> RayPending[WeightReceipt]:
         """Serve the weights of a Hugging Face folder on every replica; the receipt is the last one's."""
         references = [replica.load.remote(folder, version) for replica in self.replicas]
-        return RayPending(references, "rollout.load", self.deadline_s)
+        return RayPending(references, f"{self.role}.load", self.deadline_s)
 
 
 class DealtRollouts:
     """Rollouts on their way from replicas that were dealt prompts in turn, `counts[i]` responses to prompt i."""
 
-    def __init__(self, references: list[Any], counts: list[int], deadline_s: float) -> None:
+    def __init__(self, references: list[Any], counts: list[int], deadline_s: float, role: str) -> None:
         self.references = references
         self.counts = counts
         self.deadline_s = deadline_s
+        self.role = role
 
     def result(self) -> list[Rollout]:
         """Return them in the order of prompts; TrainingError names a replica that failed."""
         hands = [
-            iter(wait_for(reference, f"rollout-{index}.generate", self.deadline_s))
+            iter(wait_for(reference, f"{self.role}-{index}.generate", self.deadline_s))
             for index, reference in enumerate(self.references)
         ]
         return [next(hands[index % len(hands)]) for index, count in enumerate(self.counts) for _ in range(count)]

@@ -68,6 +68,7 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a new score head is meant to be new
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
         if not Path("/dev/nvidiactl").exists():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so
@@ -99,9 +100,18 @@ def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
         return
     if loaded.recipe.ray.address is None:
         check_fits(loaded.recipe, local_resources())
+    else:
+        _offer_token()
     from actors.launch import RayLauncher
 
     run_recipe(loaded, RayLauncher, output)
+
+
+def _offer_token() -> None:
+    """Let Ray show its token to a cluster where there is one; it reads this once, when imported."""
+    stored = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if "RAY_AUTH_TOKEN" in os.environ or stored.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @main.command()
@@ -133,6 +143,24 @@ def plan(loaded: LoadedRecipe, as_json: bool) -> None:
         Console(highlight=False).print(render_plan(made))
     if loaded.recipe.ray.address is None:
         check_fits(loaded.recipe, resources)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"))
+@reports_errors
+def compare(runs: tuple[Path, ...], output: Path) -> None:
+    """Compare the candidates of finished RUNS, sampled on the same prompts, in one report."""
+    from rich.console import Console
+
+    from rlhf.report.runs import compare_runs
+    from rlhf.report.table import comparison_table, verdict
+
+    comparison = compare_runs(runs, output)
+    console = Console(highlight=False)
+    console.print(comparison_table(comparison))
+    console.print(verdict(comparison), markup=False)
+    console.print(f"report: {output}", markup=False, soft_wrap=True)
 
 
 @main.command()

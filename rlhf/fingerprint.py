@@ -36,6 +36,7 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "dtype": recipe.model.dtype,
         "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
+        "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,
         "stage": settings,
         "files": [file_digest(path) for path in files],
         "upstream": {name: keys[name] for name in sorted(upstream(stage))},

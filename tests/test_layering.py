@@ -72,7 +72,7 @@ def test_ray_stays_in_actors(path):
         ("rlhf", {"torch", "transformers", "ray", "vllm", "deepspeed"}),
         ("rlhf.cli", {"torch", "transformers", "ray", "vllm", "deepspeed", "datasets", "plotly"}),
         ("rlhf.recipe.schema", {"torch", "transformers", "ray", "vllm"}),
-        ("rlhf.stages.ppo", {"ray", "vllm", "deepspeed"}),
+        ("rlhf.stages.online", {"ray", "vllm", "deepspeed"}),
         ("rlhf.local", {"ray", "vllm", "deepspeed"}),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from rlhf.types import Experience, Metrics, PreferenceBatch, Rows, TokenBatch
+from rlhf.types import Experience, LabelledBatch, Metrics, PreferenceBatch, Rows, TokenBatch, ValueBatch
 
 
 def token_batch(*lengths: int, width: int, first: int = 10) -> TokenBatch:
@@ -28,7 +28,12 @@ def experience() -> Experience:
     return Experience(batch=token_batch(3, 4, 2, width=5), scores=torch.tensor([0.5, 1.5, 2.5]), **columns)
 
 
-PER_TOKEN = ("kl", "old_logprobs", "ref_logprobs", "values", "returns", "advantages")
+def value_batch() -> ValueBatch:
+    columns = {name: torch.arange(15.0).view(3, 5) + 100 * place for place, name in enumerate(("values", "returns"))}
+    return ValueBatch(batch=token_batch(3, 4, 2, width=5), **columns)
+
+
+PER_TOKEN = ("kl", "old_logprobs", "ref_logprobs", "advantages")
 
 
 def pairs() -> PreferenceBatch:
@@ -39,6 +44,29 @@ def pairs() -> PreferenceBatch:
         chosen_ref_logprobs=torch.tensor([-1.0, -2.0]),
         rejected_ref_logprobs=torch.tensor([-3.0, -4.0]),
     )
+
+
+def labelled() -> LabelledBatch:
+    return LabelledBatch(
+        batch=token_batch(3, 4, width=6),
+        desirable=torch.tensor([True, False]),
+        ref_logprobs=torch.tensor([-1.0, -2.0]),
+        kl=torch.tensor([0.5, 0.5]),
+    )
+
+
+def test_labelled_rows_keep_their_labels_and_trim_their_tokens():
+    row = labelled().select([1]).trim()
+    assert row.batch.tokens.tolist() == [[20, 21, 22, 23]]
+    assert (row.desirable.tolist(), row.ref_logprobs.tolist(), row.kl.tolist()) == ([False], [-2.0], [0.5])
+    assert labelled().trim().batch.width == 4
+    assert labelled().lengths().tolist() == [3, 4]
+
+
+def test_tokens_are_counted_without_padding_and_on_both_sides_of_a_pair():
+    assert token_batch(3, 4, 2, width=5).token_count() == 9
+    assert labelled().token_count() == 7
+    assert pairs().token_count() == 3 + 2 + 4 + 1
 
 
 def test_select_takes_rows_in_the_given_order_and_again():
@@ -64,7 +92,7 @@ def test_narrow_cuts_columns_of_tokens_and_leaves_rows_alone():
     assert cut.batch.tokens.tolist() == [[10, 11], [20, 21], [30, 31]]
     assert cut.scores.tolist() == [0.5, 1.5, 2.5]
     assert all(getattr(cut, name).shape == (3, 2) for name in PER_TOKEN)
-    assert cut.returns[2].tolist() == [410, 411]
+    assert cut.advantages[2].tolist() == [310, 311]
 
 
 def test_trim_drops_only_what_is_padding_in_every_row():
@@ -73,6 +101,13 @@ def test_trim_drops_only_what_is_padding_in_every_row():
     assert trimmed.batch.tokens[1].tolist() == [20, 21, 22, 23]
     assert trimmed.kl.shape == (3, 4)
     assert trimmed.lengths().tolist() == [3, 4, 2]
+
+
+def test_a_critics_batch_is_cut_and_selected_like_its_policys():
+    part = value_batch().select([2, 0]).trim()
+    assert part.batch.tokens.tolist() == [[30, 31, 0], [10, 11, 12]]
+    assert part.returns.tolist() == [[110, 111, 112], [100, 101, 102]]
+    assert (part.lengths().tolist(), part.token_count()) == ([2, 3], 5)
 
 
 def test_trim_of_pairs_cuts_each_side_to_its_own_longest():
@@ -85,7 +120,11 @@ def test_the_cost_of_a_pair_is_its_longer_side_twice():
     assert pairs().lengths().tolist() == [8, 4]
 
 
-@pytest.mark.parametrize("rows", [token_batch(3, 4, width=5), experience(), pairs()], ids=["tokens", "ppo", "pairs"])
+@pytest.mark.parametrize(
+    "rows",
+    [token_batch(3, 4, width=5), experience(), value_batch(), pairs()],
+    ids=["tokens", "policy", "critic", "pairs"],
+)
 def test_to_moves_every_tensor(rows):
     def devices(value: Rows) -> set[str]:
         found: set[str] = set()

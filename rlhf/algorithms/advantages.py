@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.masked import last_index
+from rlhf.algorithms.masked import last_index, whiten
+
+STD_FLOOR = 1e-4
+"""Added to a group's standard deviation, so that scores that are almost equal are not blown up to size 1."""
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -39,3 +42,54 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
         next_advantage = torch.where(here, advantage, next_advantage)
         next_value = torch.where(here, values[:, t], next_value)
     return advantages, (advantages + values).masked_fill(~mask, 0)
+
+
+def group_centred(scores: Tensor, groups: Tensor) -> Tensor:
+    """Return s_i - mean(s of i's group), `[B]`, from `[B]` scores: Dr. GRPO (Liu et al. 2025).
+
+    groups `[B]` int64 numbers the group (the prompt) of each row from 0; rows may stand in any order.
+    """
+    exact, sizes = scores.double(), _sizes(groups)
+    means = _sums(exact, groups) / sizes
+    return (exact - means[groups]).to(scores.dtype)
+
+
+def group_normalised(scores: Tensor, groups: Tensor) -> Tensor:
+    """Return (s_i - mean) / std of i's group, `[B]`, from `[B]` scores: GRPO (Shao et al. 2024, section 4.1.2).
+
+    std is the sample standard deviation (n - 1) plus STD_FLOOR; groups as in `group_centred`, of 2 rows or more.
+    """
+    centred = group_centred(scores, groups).double()
+    variances = _sums(centred.square(), groups) / (_sizes(groups) - 1)
+    return (centred / (variances.sqrt() + STD_FLOOR)[groups]).to(scores.dtype)
+
+
+def leave_one_out(scores: Tensor, groups: Tensor) -> Tensor:
+    """Return s_i - mean(s of the others of i's group), `[B]`, from `[B]` scores: RLOO (Ahmadian et al. 2024).
+
+    That is n / (n - 1) times `group_centred`; groups as there, of n >= 2 rows.
+    """
+    sizes = _sizes(groups)[groups]
+    return (group_centred(scores, groups).double() * sizes / (sizes - 1)).to(scores.dtype)
+
+
+def to_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Give every response token the advantage of its sequence: `[B]` -> `[B, T]`, 0 off the mask."""
+    return torch.where(mask, advantages[:, None], 0)
+
+
+def whitened_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return the rewards to go R_t = r_t + gamma * R_{t+1}, whitened over all tokens of the batch, `[B, T]`.
+
+    REINFORCE++ (Hu et al. 2025); rewards `[B, T]` as of `token_rewards`. 0 off the mask.
+    """
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, gae_lambda=1.0)
+    return whiten(to_go, mask)
+
+
+def _sizes(groups: Tensor) -> Tensor:
+    return torch.bincount(groups)
+
+
+def _sums(values: Tensor, groups: Tensor) -> Tensor:
+    return values.new_zeros(int(groups.max()) + 1).index_add(0, groups, values)

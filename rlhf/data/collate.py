@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf.data.sequences import TokenPair, TokenSequence, answered
-from rlhf.types import PreferenceBatch, Rollout, TokenBatch
+from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence, answered
+from rlhf.types import LabelledBatch, PreferenceBatch, Rollout, TokenBatch
 
 
 def collate(sequences: Sequence[TokenSequence], pad_id: int) -> TokenBatch:
@@ -42,4 +42,14 @@ def collate_pairs(pairs: Sequence[TokenPair], pad_id: int) -> PreferenceBatch:
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         chosen_ref_logprobs=torch.zeros(len(pairs)),
         rejected_ref_logprobs=torch.zeros(len(pairs)),
+    )
+
+
+def collate_labelled(rows: Sequence[LabelledSequence], pad_id: int) -> LabelledBatch:
+    """Pad the sequences, `[B, T]`; reference logprobs and the reference point `[B]` are 0 until they are filled in."""
+    return LabelledBatch(
+        batch=collate([row.sequence for row in rows], pad_id),
+        desirable=torch.tensor([row.desirable for row in rows]),
+        ref_logprobs=torch.zeros(len(rows)),
+        kl=torch.zeros(len(rows)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.data.reading import read_conversations, read_prompts
 from rlhf.errors import DataError
+from rlhf.recipe.base import StageData
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import CompareStage, SftStage, Stage
 
@@ -27,6 +28,8 @@ def _check(stage: Stage, held_out: set[str], name: str) -> None:
 
 def _seen(stage: Stage) -> set[str]:
     if isinstance(stage, SftStage):
+        if isinstance(stage.data, StageData):
+            return set()  # what the annotate stage saw
         return {message["content"] for row in read_conversations(stage.data) for message in row.messages[:1]}
     if isinstance(stage, CompareStage) or not hasattr(stage, "prompts"):
         return set()

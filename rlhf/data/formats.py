@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from rlhf.data.records import Record
-from rlhf.data.rows import Conversation, Message, PreferenceRow, PromptRow
-from rlhf.data.validation import chat_column, column, messages_column, number_column, text_column
+from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, PromptRow
+from rlhf.data.validation import chat_column, column, flag_column, messages_column, number_column, text_column
 from rlhf.errors import DataError
 
 Row = TypeVar("Row")
@@ -68,6 +68,22 @@ def preference(record: Record) -> PreferenceRow:
     return PreferenceRow(question, answers[0], answers[1], margin, record.where)
 
 
+def labelled(record: Record) -> tuple[LabelledRow, ...]:
+    """`prompt`, `completion` (text or messages) and `label` (true: desirable), as KTO takes them."""
+    question = _question(record, chat_column(record, "prompt", "user"))
+    answer = _answer(record, "completion", question)
+    return (LabelledRow(question, answer, flag_column(record, "label"), record.where),)
+
+
+def unpaired(record: Record) -> tuple[LabelledRow, ...]:
+    """A pair, as in `preference`: the chosen answer is desirable, the rejected one is not."""
+    row = preference(record)
+    return tuple(
+        LabelledRow(row.prompt, answer, desirable, row.where)
+        for answer, desirable in ((row.chosen, True), (row.rejected, False))
+    )
+
+
 CONVERSATIONS: dict[str, dict[str, Adapter[Conversation]]] = {
     "messages": {"messages": openai_messages, "conversations": sharegpt},
     "prompt_completion": {
@@ -76,6 +92,10 @@ CONVERSATIONS: dict[str, dict[str, Adapter[Conversation]]] = {
         "instruction": alpaca,
         "output": alpaca,
     },
+}
+LABELLED: dict[str, dict[str, Adapter[tuple[LabelledRow, ...]]]] = {
+    "kto": {"label": labelled, "completion": labelled},
+    "preference": {"chosen": unpaired, "rejected": unpaired},
 }
 """Format -> the column that gives it away -> its adapter."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from rlhf.data.lines import read_lines, write_lines
 from rlhf.data.sequences import TokenPair, answered
 from rlhf.errors import DataError
 
@@ -41,25 +41,12 @@ _PAIR = TypeAdapter(Pair)
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
     """Write one pair a line as JSON; floats keep all their bits. ValueError on a score that is not finite."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for pair in pairs:
-            file.write(json.dumps(asdict(pair), ensure_ascii=False, allow_nan=False) + "\n")
+    write_lines(path, pairs)
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """Read what `write_pairs` wrote; DataError names the file and line of damage."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    pairs = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        try:
-            pairs.append(_PAIR.validate_json(line, strict=True))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{path}:{number}: {place + ': ' if place else ''}{first['msg']}") from error
+    pairs = read_lines(path, _PAIR)
     if not pairs:
         raise DataError(f"{path}:1: no pairs")
     return pairs

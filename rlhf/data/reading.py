@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from rlhf.data.formats import CONVERSATIONS, Adapter, Row, preference, prompt
+from rlhf.data.formats import CONVERSATIONS, LABELLED, Adapter, Row, preference, prompt
 from rlhf.data.records import Record, read_records
-from rlhf.data.rows import Conversation, PreferenceRow, PromptRow
+from rlhf.data.rows import Conversation, LabelledRow, PreferenceRow, PromptRow
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.base import HubData, PathData
 
@@ -22,17 +22,7 @@ def read_conversations(source: PathData | HubData) -> list[Conversation]:
     With `format: auto` the columns of the first readable row decide. Raises DataError at the first bad row
     beyond `max_bad_rows`.
     """
-    known = {"auto": {name: adapt for table in CONVERSATIONS.values() for name, adapt in table.items()}}
-    adapters = _for_format(source, known | CONVERSATIONS, "chats to imitate")
-
-    def pick(record: Record) -> Adapter[Conversation]:
-        for name, adapt in adapters.items():
-            if name in record.values:
-                return adapt
-        found = ", ".join(record.values) or "none"
-        raise DataError(f"{record.where}: no known columns (found: {found}; known: {', '.join(adapters)})")
-
-    return _rows(source, pick)
+    return _rows(source, _recognise(source, CONVERSATIONS, "chats to imitate"))
 
 
 def read_prompts(source: PathData | HubData) -> list[PromptRow]:
@@ -45,6 +35,31 @@ def read_preferences(source: PathData | HubData) -> list[PreferenceRow]:
     """Read pairs of answers; errors as in `read_conversations`."""
     adapt = _for_format(source, {"auto": preference, "preference": preference}, "preference pairs")
     return _rows(source, lambda record: adapt)
+
+
+def read_labelled(source: PathData | HubData) -> list[tuple[LabelledRow, ...]]:
+    """Read answers with a label (prompt + completion + label), or pairs: each row's answers, those of a pair together.
+
+    Detection and errors as in `read_conversations`.
+    """
+    return _rows(source, _recognise(source, LABELLED, "labelled answers"))
+
+
+def _recognise(
+    source: PathData | HubData, tables: Mapping[str, dict[str, Adapter[Row]]], purpose: str
+) -> Callable[[Record], Adapter[Row]]:
+    """Return what chooses the adapter of a record: the first column that its format's table knows."""
+    known = {"auto": {name: adapt for table in tables.values() for name, adapt in table.items()}}
+    adapters = _for_format(source, {**known, **tables}, purpose)
+
+    def pick(record: Record) -> Adapter[Row]:
+        for name, adapt in adapters.items():
+            if name in record.values:
+                return adapt
+        found = ", ".join(record.values) or "none"
+        raise DataError(f"{record.where}: no known columns (found: {found}; known: {', '.join(adapters)})")
+
+    return pick
 
 
 def _name(source: PathData | HubData) -> str:

@@ -30,6 +30,16 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
+class LabelledRow:
+    """One answer to the chat `prompt`, good (`desirable`) or bad."""
+
+    prompt: tuple[Message, ...]
+    completion: str
+    desirable: bool
+    where: str
+
+
+@dataclass(frozen=True)
 class PreferenceRow:
     """Two answers to the chat `prompt`; `margin` says by how much the chosen one is better (0: unknown)."""
 

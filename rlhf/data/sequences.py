@@ -22,6 +22,14 @@ class TokenPair:
     margin: float
 
 
+@dataclass(frozen=True)
+class LabelledSequence:
+    """One response and whether it is a good one."""
+
+    sequence: TokenSequence
+    desirable: bool
+
+
 def answered(prompt: tuple[int, ...], response: tuple[int, ...]) -> TokenSequence:
     """Return prompt + response, the response marked."""
     return TokenSequence(prompt + response, (False,) * len(prompt) + (True,) * len(response))

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlhf.data.rows import Conversation, PreferenceRow, PromptRow
-from rlhf.data.sequences import TokenPair, TokenSequence, answered
+from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, PromptRow
+from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence, answered
 from rlhf.errors import DataError
 from rlhf.types import Prompt
 
@@ -50,15 +50,31 @@ def preference_sequences(rows: Sequence[PreferenceRow], tokenizer: ChatTokenizer
     """Tokenise pairs, each answer ending with end-of-sequence; DataError on a side over `max_length` tokens."""
     pairs = []
     for row in rows:
-        sides = []
-        for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):
-            with _place(row.where):
-                prompt_ids, response_ids = tokenizer.completion_ids(row.prompt, response)
-                length = len(prompt_ids) + len(response_ids)
-                _check_length(f"prompt + {name}", length, max_length, "max_length")
-            sides.append(answered(tuple(prompt_ids), tuple(response_ids)))
-        pairs.append(TokenPair(sides[0], sides[1], row.margin))
+        with _place(row.where):
+            chosen = _answered("chosen", row.prompt, row.chosen, tokenizer, max_length)
+            rejected = _answered("rejected", row.prompt, row.rejected, tokenizer, max_length)
+        pairs.append(TokenPair(chosen, rejected, row.margin))
     return pairs
+
+
+def labelled_sequences(
+    rows: Sequence[LabelledRow], tokenizer: ChatTokenizer, max_length: int
+) -> list[LabelledSequence]:
+    """Tokenise labelled answers, each ending with end-of-sequence; DataError on one over `max_length` tokens."""
+    sequences = []
+    for row in rows:
+        with _place(row.where):
+            sequence = _answered("completion", row.prompt, row.completion, tokenizer, max_length)
+        sequences.append(LabelledSequence(sequence, row.desirable))
+    return sequences
+
+
+def _answered(
+    name: str, prompt: Sequence[Message], response: str, tokenizer: ChatTokenizer, max_length: int
+) -> TokenSequence:
+    prompt_ids, response_ids = tokenizer.completion_ids(prompt, response)
+    _check_length(f"prompt + {name}", len(prompt_ids) + len(response_ids), max_length, "max_length")
+    return answered(tuple(prompt_ids), tuple(response_ids))
 
 
 @contextmanager

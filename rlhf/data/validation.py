@@ -11,6 +11,7 @@ from rlhf.data.strict_json import type_name
 from rlhf.errors import DataError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def column(record: Record, name: str) -> Any:
@@ -43,6 +44,19 @@ def number_column(record: Record, name: str) -> float:
         shown = repr(value) if isinstance(value, str | float) else type_name(value)
         raise DataError(f"{record.where}: column '{name}' must be a finite number, not {shown}")
     return number
+
+
+def flag_column(record: Record, name: str) -> bool:
+    """Return a column that is true or false; 1 and 0 and the text of all four are taken too, since CSV knows no other.
+
+    Case does not matter.
+    """
+    value = column(record, name)
+    flag = FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+    if flag is None:
+        shown = repr(value) if isinstance(value, str | int | float) else type_name(value)
+        raise DataError(f"{record.where}: column '{name}' must be true or false, not {shown}")
+    return flag
 
 
 def chat_column(record: Record, name: str, text_role: str) -> tuple[Message, ...]:

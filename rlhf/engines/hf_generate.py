@@ -10,7 +10,11 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rlhf.engines.base import RolloutSpec
 from rlhf.models.loading import load_causal
@@ -115,6 +119,8 @@ class TransformersEngine:
 
 def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
     warpers: list[LogitsProcessor] = []
+    if sampling.allowed:
+        warpers.append(PrefixConstrainedLogitsProcessor(lambda _row, _tokens: list(sampling.allowed), num_beams=1))
     if sampling.temperature not in (0, 1):
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_p < 1:

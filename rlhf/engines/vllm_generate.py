@@ -192,6 +192,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             seed=seed,
             stop_token_ids=list(self.tokenizer.eos_ids),
+            allowed_token_ids=list(sampling.allowed) or None,
             logprobs=0,
             detokenize=False,
         )

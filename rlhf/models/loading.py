@@ -33,6 +33,14 @@ def resolve_model(source: ModelSource, cache: Path | None = None) -> Path:
     return folder if source.chat_template is None else _with_template(folder, source.chat_template, cache)
 
 
+def resolve_judge(path: str) -> Path:
+    """Return the Hugging Face folder of a judge's model, named as `resolve_model` says; RecipeError names the judge."""
+    try:
+        return resolve_model(ModelSource(path=path))
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("model.path:", "model of the judge:", 1)) from error
+
+
 def _find(source: ModelSource, cache: Path) -> Path:
     path = source.path
     if path.startswith("gguf://"):

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, T
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+URL = r"^https?://[^/@\s]+(/\S*)?$"
+"""A user and password before the host are refused: recipes hold no secrets."""
 
 
 class Strict(BaseModel):
@@ -21,7 +23,7 @@ class PathData(Strict):
     """A local file: jsonl, json, csv or parquet."""
 
     path: Path
-    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference", "kto"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     max_bad_rows: int = Field(0, ge=0, description="skip and count up to this many malformed rows")
@@ -33,7 +35,7 @@ class HubData(Strict):
     hub: str
     split: str = "train"
     revision: str | None = None
-    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference", "kto"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     limit: PositiveInt | None = None
     max_bad_rows: int = Field(0, ge=0)
@@ -75,7 +77,7 @@ class HttpJudge(Strict):
     """A reward service: POST of `{"items": [{"prompt", "response", "metadata"}]}` answers `{"scores": [...]}`."""
 
     kind: Literal["http"]
-    url: str = Field(pattern=r"^https?://")
+    url: str = Field(pattern=URL)
     token_env: str | None = Field(None, description="environment variable that holds a bearer token")
     batch_size: PositiveInt = 64
     timeout_s: Positive = Field(30.0, description="of one request")
@@ -83,11 +85,15 @@ class HttpJudge(Strict):
 
 
 class LlmJudge(Strict):
-    """A language model that says which of two responses is better (RLAIF); both orders are asked and averaged."""
+    """A language model that says which of two responses is better (RLAIF); both orders are asked and averaged.
+
+    It scores responses against the others to the same prompt, so there must be at least two: n cost n * (n - 1)
+    questions. Its verdicts are kept in the user's cache.
+    """
 
     kind: Literal["llm"]
     model: str = Field(description="a folder or hub id that runs here or, with `url`, the endpoint's name for it")
-    url: str | None = Field(None, pattern=r"^https?://", description="base URL of an OpenAI-compatible endpoint")
+    url: str | None = Field(None, pattern=URL, description="base URL of an OpenAI-compatible endpoint, `.../v1`")
     api_key_env: str | None = Field(None, description="environment variable that holds the endpoint's key")
     criteria: str = Field("Which response is more helpful, honest and harmless?", description="what to judge by")
     max_prompt_tokens: PositiveInt = Field(2048, description="of the whole question to a model that runs here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
-from rlhf.recipe.base import DataSource, Judge, ModelJudge, StageData
+from rlhf.recipe.base import DataSource, Judge, LlmJudge, ModelJudge, StageData
 from rlhf.recipe.messages import Loc, near
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage, PolicyGradientStage, ReinforceStage
 from rlhf.recipe.preference_schema import PreferenceStage
@@ -113,6 +113,13 @@ def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
                 ("redraws",),
                 "dynamic sampling compares a prompt's samples: samples_per_prompt must be at least 2",
             )
+        if isinstance(stage.reward, LlmJudge) and stage.samples_per_prompt < 2:
+            yield (
+                ("samples_per_prompt",),
+                "a language model as judge compares a prompt's samples: must be at least 2",
+            )
+        if isinstance(stage, PolicyGradientStage) and stage.target_kl and stage.kl_coef == 0:
+            yield ("target_kl",), "an adaptive kl_coef scales from where it starts, so kl_coef must be above 0"
         if stage.overlong and stage.overlong.buffer > stage.max_response_tokens:
             yield ("overlong", "buffer"), f"must be at most max_response_tokens = {stage.max_response_tokens}"
     if isinstance(stage, CompareStage):
@@ -143,10 +150,10 @@ def _roles(recipe: Recipe) -> Iterator[Finding]:
         gpus = getattr(recipe.roles, name).gpus
         if gpus > 1 and gpus != int(gpus):
             yield ("roles", name, "gpus"), f"must be whole above 1, got {gpus:g}"
-    rollout = recipe.roles.rollout
-    if rollout.gpus and rollout.tensor_parallel > 1 and rollout.gpus != rollout.tensor_parallel:
-        needed = f"tensor_parallel: {rollout.tensor_parallel} needs gpus: {rollout.tensor_parallel} for each replica"
-        yield ("roles", "rollout", "gpus"), f"{needed}, got {rollout.gpus:g}"
+    for name, engine in (("rollout", recipe.roles.rollout), ("judge", recipe.roles.judge)):
+        if engine.gpus and engine.tensor_parallel > 1 and engine.gpus != engine.tensor_parallel:
+            needed = f"tensor_parallel: {engine.tensor_parallel} needs gpus: {engine.tensor_parallel} for each replica"
+            yield ("roles", name, "gpus"), f"{needed}, got {engine.gpus:g}"
     if recipe.roles.reference.share == "policy":
         for stage in recipe.stages:
             if isinstance(stage, OnlineStage) and (stage.lora or recipe.lora) == "full":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlhf.recipe.base import DataSource, HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
-from rlhf.recipe.preference_schema import PreferenceStage
+from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.resources import adapters, processes
 from rlhf.recipe.schedule import row_count
 from rlhf.recipe.schema import Recipe
@@ -53,6 +53,9 @@ def stage_work(recipe: Recipe, stage: Stage) -> Work | None:
             tokens = _data_tokens(recipe, stage.data)
             share = 0.5 if isinstance(stage.data, StageData) else 1.0  # the best sample, one side of the pair
             return None if tokens is None else Work(trained=share * tokens * stage.epochs)
+        case KtoStage():  # the reference scores the mismatches too, and the policy in every epoch
+            tokens = _data_tokens(recipe, stage.data)
+            return None if tokens is None else Work(tokens * stage.epochs, tokens * (2 + stage.epochs))
         case RewardStage() | PreferenceStage():
             tokens = _data_tokens(recipe, stage.data)
             return None if tokens is None else Work(tokens * stage.epochs, tokens)

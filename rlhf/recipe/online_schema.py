@@ -64,7 +64,9 @@ class PolicyGradientStage(OnlineStage):
     importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
     kl_coef: float = Field(0.02, ge=0, description="weight of the per-token KL to the reference")
     kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="in the loss take k2 or k3: the gradient of k1 there is 0 in the mean"
+    )
     target_kl: Positive | None = Field(
         None, description="adapt kl_coef so that the sequence KL goes to this many nats (Ziegler et al. 2019)"
     )

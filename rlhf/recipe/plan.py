@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf.recipe.base import LlmJudge
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
@@ -12,9 +13,9 @@ from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import Resources, RoleName, adapters, processes, threads, wanted
 from rlhf.recipe.schedule import Schedule, longest, microbatch_tokens, schedule
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import Recipe, RolloutRole
 from rlhf.recipe.seeds import expand_seeds
-from rlhf.recipe.stage_schema import SftStage, Stage
+from rlhf.recipe.stage_schema import SftStage, Stage, judges
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -153,17 +154,26 @@ def _role_table(plan: Plan) -> RenderableType:
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, shape: ModelShape, cores: int) -> StagePlan:
+    from rlhf.models.loading import resolve_judge
+
     cpu_threads = threads(recipe, stage, cores)
     roles = []
     for name, want in wanted(recipe, stage).items():
-        model = _model(recipe, stage, name, shape)
+        judge = _judge(stage) if name == "judge" else None
+        model = _model(recipe, stage, name, read_shape(resolve_judge(judge.model)) if judge else shape)
         memory = model.memory(microbatch_tokens(stage))
+        if judge:
+            memory = engine_memory(model.shape, recipe.model.dtype, recipe.roles.judge, judge.max_prompt_tokens + 1)
         if name == "rollout":
             memory = engine_memory(shape, recipe.model.dtype, recipe.roles.rollout, longest(recipe))
         roles.append(
             RolePlan(name, want.count, want.gpus, cpu_threads[name], model.parameters, model.trainable, memory)
         )
     return StagePlan(stage.name, stage.kind, tuple(roles), schedule(recipe, stage))
+
+
+def _judge(stage: Stage) -> LlmJudge:
+    return next(judge for judge in judges(stage) if isinstance(judge, LlmJudge) and judge.url is None)
 
 
 def _model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) -> Model:
@@ -185,7 +195,8 @@ def _places(recipe: Recipe) -> dict[str, str]:
     for name, want in processes(recipe).items():
         where = f"{want.gpus:g} GPU" if want.gpus else "CPU"
         count = f"{want.count} x " if want.count > 1 else ""
-        engine = f" ({recipe.roles.rollout.engine})" if name == "rollout" else ""
+        role = getattr(recipe.roles, name)
+        engine = f" ({role.engine})" if isinstance(role, RolloutRole) else ""
         places[name] = f"{count}{where}{engine}"
     if recipe.roles.reference.share and any(isinstance(stage, OnlineStage) for stage in recipe.stages):
         places["reference"] = "in policy"

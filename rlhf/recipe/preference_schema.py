@@ -70,4 +70,5 @@ class KtoStage(PreferenceStage):
     undesirable_weight: Positive = 1.0
 
 
-AnyPreferenceStage = DpoStage | RobustDpoStage | IpoStage | HingeStage | SimpoStage | OrpoStage | KtoStage
+AnyPairStage = DpoStage | RobustDpoStage | IpoStage | HingeStage | SimpoStage | OrpoStage
+AnyPreferenceStage = AnyPairStage | KtoStage

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rlhf.errors import ResourceError
-from rlhf.recipe.base import Lora, ModelJudge
+from rlhf.recipe.base import LlmJudge, Lora, ModelJudge
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import Recipe, RolloutRole
 from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
-RoleName = Literal["policy", "reference", "reward", "critic", "rollout"]
+RoleName = Literal["policy", "reference", "reward", "critic", "rollout", "judge"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def adapters(recipe: Recipe, chosen: Lora | Literal["full"] | None) -> Lora | No
 
 
 def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
-    """Return the roles that a stage uses; each replica of the rollout engine is one process.
+    """Return the roles that a stage uses; each replica of an engine is one process.
 
     dpo needs no reference: its logprobs are computed by the policy before the first step. compare scores one
     candidate after the other, and the baseline, in the policy's process.
@@ -58,7 +58,7 @@ def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
     found: dict[RoleName, Wanted] = {}
     for name in _roles(recipe, stage):
         role = getattr(recipe.roles, name)
-        found[name] = Wanted(role.gpus, role.cpus, recipe.roles.rollout.replicas if name == "rollout" else 1)
+        found[name] = Wanted(role.gpus, role.cpus, role.replicas if isinstance(role, RolloutRole) else 1)
     return found
 
 
@@ -79,7 +79,9 @@ def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
 
 
 def _reward(*judges: object) -> tuple[RoleName, ...]:
-    return ("reward",) if any(isinstance(judge, ModelJudge) for judge in judges) else ()
+    model: tuple[RoleName, ...] = ("reward",) if any(isinstance(judge, ModelJudge) for judge in judges) else ()
+    runs_here = any(isinstance(judge, LlmJudge) and judge.url is None for judge in judges)
+    return (*model, "judge") if runs_here else model
 
 
 def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
@@ -91,7 +93,8 @@ def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
     """
     half = max(1, cores // 2)
     together = isinstance(stage, PpoStage)
-    return {name: half if together and name != "rollout" else max(1, cores) for name in wanted(recipe, stage)}
+    alone = ("rollout", "judge")
+    return {name: half if together and name not in alone else max(1, cores) for name in wanted(recipe, stage)}
 
 
 def processes(recipe: Recipe) -> dict[RoleName, Wanted]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from rlhf.recipe.base import HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage
-from rlhf.recipe.preference_schema import PreferenceStage
+from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import Training
 from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
@@ -22,6 +22,8 @@ def schedule(recipe: Recipe, stage: Stage) -> Schedule:
     known before it has run, so counts that hang on it are upper bounds and end in `_at_most`.
     """
     match stage:
+        case KtoStage():
+            return _labelled(recipe, stage)
         case SftStage() | RewardStage() | PreferenceStage():
             if isinstance(stage.data, StageData):
                 pairs = _pairs(recipe, stage.data.stage)
@@ -60,7 +62,7 @@ def longest(recipe: Recipe) -> int:
 def microbatch_tokens(stage: Stage) -> int:
     """Return the most tokens of one forward or backward pass; a row over the budget passes alone."""
     match stage:
-        case SftStage():
+        case SftStage() | KtoStage():
             row, rows = stage.max_length, stage.batch_size
         case RewardStage() | PreferenceStage():
             row, rows = 2 * stage.max_length, stage.batch_size
@@ -83,6 +85,18 @@ def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:
 def _steps(stage: Training, rows: int | None, ending: str) -> dict[str, int]:
     known = {} if rows is None else {f"optimizer_steps{ending}": stage.epochs * math.ceil(rows / stage.batch_size)}
     return {**known, "batch_size": stage.batch_size, "max_tokens": stage.max_length}
+
+
+def _labelled(recipe: Recipe, stage: KtoStage) -> dict[str, int]:
+    """Return the counts of responses with a label: two of each pair; a file of unnamed format may hold either."""
+    if isinstance(stage.data, StageData):
+        pairs = _pairs(recipe, stage.data.stage)
+        known = {} if pairs is None else {"pairs_at_most": pairs}
+        return known | _steps(stage, None if pairs is None else 2 * pairs, "_at_most")
+    rows = row_count(stage.data)
+    each = {"preference": 2, "kto": 1}.get(stage.data.format)
+    trained = None if rows is None or each is None else each * (rows - round(rows * stage.heldout_fraction))
+    return _rows(stage.data) | _steps(stage, trained, "")
 
 
 def _pairs(recipe: Recipe, name: str) -> int | None:

@@ -34,7 +34,7 @@ class ReferenceRole(Role):
 
 
 class RolloutRole(Role):
-    """The generation engine."""
+    """A generation engine."""
 
     engine: Literal["vllm", "transformers"] = "vllm"
     replicas: PositiveInt = 1
@@ -52,6 +52,7 @@ class Roles(Strict):
     reward: Role = Role()
     critic: Role = Role()
     rollout: RolloutRole = RolloutRole()
+    judge: RolloutRole = Field(RolloutRole(), description="of a language model as judge that runs here")
 
 
 class Wandb(Strict):
@@ -70,7 +71,7 @@ class Tracking(Strict):
 class Ray(Strict):
     """How to reach Ray: unset starts a local one on loopback."""
 
-    address: str | None = None
+    address: str | None = Field(None, pattern=r"^(auto|[^/]+:\d+)$", description="host:port of a running Ray, or auto")
     placement_timeout_s: NonNegativeFloat = 180
     call_timeout_s: NonNegativeFloat = Field(1800, description="deadline of any single call to a role")
 

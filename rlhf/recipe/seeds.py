@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf.recipe.base import ModelJudge, StageData
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
@@ -43,7 +44,7 @@ def _branch(stage: Stage, branched: set[str], seed: int) -> Stage:
             changes[field] = f"{getattr(stage, field)}{MARK}{seed}"
     for field in ("data", "reward", "judge"):
         section = getattr(stage, field, None)
-        if getattr(section, "stage", None) in branched:
+        if isinstance(section, StageData | ModelJudge) and section.stage in branched:
             changes[field] = section.model_copy(update={"stage": f"{section.stage}{MARK}{seed}"})
     return stage.model_copy(update=changes)
 

@@ -72,11 +72,18 @@ Stage = Annotated[AnyStage, Field(discriminator="kind")]
 STAGE_KINDS: tuple[str, ...] = tuple(get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(AnyStage))
 
 
+def judges(stage: Stage) -> list[Judge]:
+    """Return every judge that a stage asks."""
+    named = (getattr(stage, field, None) for field in ("judge", "reward", "gold"))
+    return [judge for judge in named if judge is not None]
+
+
 def upstream(stage: Stage) -> set[str]:
     """Return the names of the stages that this one reads from (`base` included)."""
     names: set[str] = set()
-    for field in ("init", "policy", "baseline"):
+    for field in ("init", "policy"):
         names |= {getattr(stage, field)} if hasattr(stage, field) else set()
+    names |= {stage.baseline} if isinstance(stage, CompareStage) else set()
     names |= set(getattr(stage, "candidates", ()))
     names |= {pairs} if (pairs := getattr(stage, "pairs", None)) else set()
     for field in ("judge", "reward", "gold", "data"):

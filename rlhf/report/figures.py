@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
+import numpy as np
 import plotly.graph_objects as go
 
+from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve, series
-from rlhf.report.results import CandidateResult, Comparison, Interval
+from rlhf.report.frontier import paths
+from rlhf.report.results import CandidateResult, CandidateSamples, Comparison, FrontierPoint, Interval
 
 # Seen well on white and on dark, and apart from each other with colour-blind eyes (after Tol's bright scheme).
 PALETTE = ("#4a86c5", "#e0713a", "#2b9d6e", "#a968c0", "#c9992b", "#d1506f")
@@ -46,6 +50,12 @@ LEADING = (
     "tokens_per_second",
 )
 MOST_POINTS = 800
+BINS = 24
+# A normal 95 % interval reaches this many standard errors.
+REACH = 1.96
+
+Height = Literal["gold", "reward"]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -57,34 +67,70 @@ class Plot:
 
 
 def frontier_plots(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Plot]:
-    """Plot gold and reward against the KL to the reference, a point per candidate (Gao et al. 2023).
+    """Plot gold and, where there is one, the proxy against the KL to the reference (Gao et al. 2023).
 
-    A stage that logged `kl` with `gold` or `reward` adds the path it took while training, as a line.
+    Every checkpoint is a point with its interval, joined in the order of training; the means of methods are labelled.
+    A run without checkpoints that logged its `kl` adds the path it took on its training prompts, as a faint line.
     """
-    metrics: tuple[tuple[Literal["gold", "reward"], str], ...] = (("gold", "Gold reward"), ("reward", "Reward model"))
+    labels: dict[Height, str] = {"gold": "Gold reward", "reward": "Reward model"}
     plots = []
-    for metric, label in metrics:
-        paths = [_path(name, curve, metric, colour(comparison, name)) for name, curve in curves.items()]
-        points = [_point(item, metric, colour(comparison, item.name)) for item in comparison.candidates]
-        figure = _figure([*filter(None, paths), *points], "KL to the reference, nats per response", label)
-        plots.append(Plot(f"{label} against KL", _json(figure)))
+    for metric, label in labels.items():
+        if metric in comparison.metrics:
+            traces = [*_frontier(comparison, curves, metric)]
+            plots.append(
+                Plot(f"{label} against KL", _json(_figure(traces, "KL to the reference, nats per response", label)))
+            )
     return plots
 
 
-def curve_plots(curve: Curve, tint: str) -> list[Plot]:
-    """Plot each metric of a stage over its steps: every point, and the running mean where there are many."""
-    names = {name for row in curve for name in row} - {"step", "time"}
+def histogram_plots(comparison: Comparison, samples: Sequence[CandidateSamples]) -> list[Plot]:
+    """Plot how the lengths and the KL of single responses are spread, a line per method, all its runs together."""
+    lengths: dict[str, list[float]] = {}
+    kls: dict[str, list[float]] = {}
+    for item in samples:
+        lengths.setdefault(method(item.name), []).extend(sample.tokens for sample in item.samples)
+        kls.setdefault(method(item.name), []).extend(sample.kl for sample in item.samples)
+    return [
+        Plot("Length of responses", _json(_histogram(comparison, lengths, "tokens", whole=True))),
+        Plot("KL of responses", _json(_histogram(comparison, kls, "log(policy/reference), nats", whole=False))),
+    ]
+
+
+def curve_plots(runs: Sequence[Curve], tint: str) -> list[Plot]:
+    """Plot each metric of a stage over its steps, from one curve per run.
+
+    One run: every point, and the running mean where there are many. Several: their mean, in a band from the lowest
+    to the highest.
+    """
+    names = {name for curve in runs for row in curve for name in row} - {"step", "time"}
     ranked = sorted(names, key=lambda name: (LEADING.index(name) if name in LEADING else len(LEADING), name))
-    return [Plot(name, _json(_curve(points, tint))) for name in ranked if (points := series(curve, name))]
+    plots = []
+    for name in ranked:
+        found = [points for curve in runs if (points := series(curve, name))]
+        if found:
+            plots.append(Plot(name, _json(_curve(found[0], tint) if len(found) == 1 else _band(found, tint))))
+    return plots
 
 
 def colour(comparison: Comparison, name: str) -> str:
-    """Return the colour of a candidate, the same all over the page; grey for stages that are no candidate."""
+    """Return the colour of a method (or of the method of a run), the same all over the page; grey for other stages."""
     names = [item.name for item in comparison.candidates]
-    return PALETTE[names.index(name) % len(PALETTE)] if name in names else PLAIN
+    return PALETTE[names.index(method(name)) % len(PALETTE)] if method(name) in names else PLAIN
 
 
-def _point(item: CandidateResult, metric: Literal["gold", "reward"], tint: str) -> go.Scatter:
+def _frontier(comparison: Comparison, curves: Mapping[str, Curve], metric: Height) -> Iterator[go.Scatter]:
+    measured = paths(comparison)
+    for run, curve in curves.items():
+        if len(measured.get(run, ())) < 2 and (path := _training(run, curve, metric, colour(comparison, run))):
+            yield path
+    for run, points in measured.items():
+        if len(points) > 1 or run != method(run):
+            yield _checkpoints(run, points, metric, colour(comparison, run))
+    for item in comparison.candidates:
+        yield _point(item, metric, colour(comparison, item.name))
+
+
+def _point(item: CandidateResult, metric: Height, tint: str) -> go.Scatter:
     value, interval = getattr(item, metric), getattr(item, f"{metric}_ci")
     return go.Scatter(
         x=[item.kl],
@@ -101,7 +147,25 @@ def _point(item: CandidateResult, metric: Literal["gold", "reward"], tint: str) 
     )
 
 
-def _path(name: str, curve: Curve, metric: str, tint: str) -> go.Scatter | None:
+def _checkpoints(run: str, points: Sequence[FrontierPoint], metric: Height, tint: str) -> go.Scatter:
+    known = [point for point in points if getattr(point, metric) is not None]
+    labels = ["finished" if point.step is None else f"step {point.step}" for point in known]
+    return go.Scatter(
+        x=[point.kl for point in known],
+        y=[getattr(point, metric) for point in known],
+        error_x=_reach([point.kl_se for point in known]),
+        error_y=_reach([getattr(point, f"{metric}_se") for point in known]),
+        customdata=labels,
+        mode="lines+markers",
+        name=f"{run} checkpoints",
+        opacity=0.6,
+        line={"color": tint, "width": 1.5},
+        marker={"color": tint, "size": 6},
+        hovertemplate=f"{run}, %{{customdata}}<br>KL %{{x:.3g}}<br>{metric} %{{y:.3g}}<extra></extra>",
+    )
+
+
+def _training(run: str, curve: Curve, metric: str, tint: str) -> go.Scatter | None:
     kl, heights = dict(series(curve, "kl")), dict(series(curve, metric))
     steps = [step for step in kl if step in heights]
     if not steps:
@@ -111,15 +175,67 @@ def _path(name: str, curve: Curve, metric: str, tint: str) -> go.Scatter | None:
         y=[heights[step] for step in steps],
         customdata=steps,
         mode="lines+markers",
-        name=f"{name} while training",
+        name=f"{run} while training",
         opacity=0.45,
         line={"color": tint, "width": 1.5},
         marker={"color": tint, "size": 4},
-        hovertemplate=f"{name}, step %{{customdata:d}}<br>KL %{{x:.3g}}<br>{metric} %{{y:.3g}}<extra></extra>",
+        hovertemplate=f"{run}, step %{{customdata:d}}<br>KL %{{x:.3g}}<br>{metric} %{{y:.3g}}<extra></extra>",
     )
 
 
-def _curve(points: Sequence[tuple[float, float]], tint: str) -> go.Figure:
+def _histogram(comparison: Comparison, values: Mapping[str, Sequence[float]], unit: str, whole: bool) -> go.Figure:
+    """Draw the share of responses in each of about `BINS` bins; bins of whole numbers hold equally many of them."""
+    everything = np.concatenate([np.asarray(column, dtype=np.float64) for column in values.values()])
+    if whole:
+        size = math.ceil((np.ptp(everything) + 1) / BINS)
+        edges = np.arange(everything.min(), everything.max() + size + 1, size) - 0.5
+    else:
+        edges = np.histogram_bin_edges(everything, bins=BINS)
+    traces = []
+    for name, column in values.items():
+        share = np.histogram(column, bins=edges)[0] / len(column)
+        traces.append(
+            go.Scatter(
+                x=[*edges.tolist(), float(edges[-1])],
+                y=[*share.tolist(), float(share[-1]), 0.0],
+                mode="lines",
+                name=name,
+                line={"color": colour(comparison, name), "width": 2, "shape": "hv"},
+                hovertemplate=f"{name}<br>from %{{x:.3g}}: %{{y:.1%}}<extra></extra>",
+            )
+        )
+    return _figure(traces, unit, "share")
+
+
+def _band(runs: Sequence[Points], tint: str) -> go.Figure:
+    columns = [dict(points) for points in runs]
+    steps = sorted({step for column in columns for step in column})
+    rows = [[column[step] for column in columns if step in column] for step in steps]
+    low, high, mean = (
+        _thin([(step, fold(row)) for step, row in zip(steps, rows, strict=True)]) for fold in (min, max, fmean)
+    )
+    around = go.Scatter(
+        x=[*(step for step, _ in low), *(step for step, _ in reversed(high))],
+        y=[*(value for _, value in low), *(value for _, value in reversed(high))],
+        fill="toself",
+        fillcolor=tint,
+        opacity=0.22,
+        mode="none",
+        name="lowest to highest run",
+        hoverinfo="skip",
+    )
+    line = go.Scatter(
+        x=[step for step, _ in mean],
+        y=[value for _, value in mean],
+        mode="lines",
+        name="mean of the runs",
+        line={"color": tint, "width": 2},
+        hovertemplate="step %{x}: %{y:.4g}<extra></extra>",
+    )
+    return _figure([around, line], "", "")
+
+
+def _curve(points: Points, tint: str) -> go.Figure:
     points = _thin(points)
     steps, values = [step for step, _ in points], [value for _, value in points]
     smooth = len(points) >= 24
@@ -135,7 +251,7 @@ def _curve(points: Sequence[tuple[float, float]], tint: str) -> go.Figure:
     if not smooth:
         return _figure([raw], "", "")
     reach = max(1, len(points) // 24)
-    means = [_mean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))]
+    means = [fmean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))]
     line = go.Scatter(x=steps, y=means, mode="lines", line={"color": tint, "width": 2}, hoverinfo="skip")
     return _figure([raw, line], "", "")
 
@@ -152,22 +268,22 @@ def _figure(traces: Sequence[go.Scatter], x_title: str, y_title: str) -> go.Figu
     return go.Figure(data=list(traces), layout=layout)
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+def _thin(points: Points) -> Points:
     """Average neighbours until a page can hold the curve."""
     size = math.ceil(len(points) / MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], _mean([value for _, value in group])) for group in groups]
+    return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
 def _error(value: float, interval: Interval) -> dict[str, object]:
-    if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+    if not interval.bounded:
         return {"visible": False}
     spread = {"array": [max(interval.high - value, 0.0)], "arrayminus": [max(value - interval.low, 0.0)]}
     return {"type": "data", "symmetric": False, "thickness": 1.5, "width": 4, **spread}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _reach(errors: Sequence[float | None]) -> dict[str, object]:
+    return {"type": "data", "array": [REACH * (error or 0.0) for error in errors], "thickness": 1, "width": 3}
 
 
 def _json(figure: go.Figure) -> str:

@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve
-from rlhf.report.figures import Plot, colour, curve_plots, frontier_plots
-from rlhf.report.frontier import diagnose
-from rlhf.report.results import FEWEST_PROMPTS, METRICS, CandidateSamples, Comparison, PairedDifference, Sample, show
-from rlhf.report.table import percent, verdict
+from rlhf.report.figures import Plot, colour, curve_plots, frontier_plots, histogram_plots
+from rlhf.report.findings import diagnose
+from rlhf.report.recipes import recipe_differences
+from rlhf.report.results import FEWEST_PROMPTS, CandidateSamples, Comparison, PairedDifference, Sample, show
+from rlhf.report.table import chance, percent, seeds, verdict
 from rlhf.report.untrusted import visible
 
-SHOWN_PROMPTS = 12
+MOST_PROMPTS = 200
+LEADING_PLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class StagePlots:
     """The learning curves of one stage, the telling ones first and the rest folded away."""
 
     name: str
+    runs: int
     tint: str
     leading: Sequence[Plot]
     rest: Sequence[Plot]
@@ -35,7 +40,7 @@ class StagePlots:
 
 @dataclass(frozen=True)
 class PairRow:
-    """All differences of one pair of candidates, and the gold one as a bar: left and width in per cent of the scale."""
+    """All differences of one pair of methods, and the gold one as a bar: left and width in per cent of the scale."""
 
     candidate: str
     baseline: str
@@ -47,11 +52,11 @@ class PairRow:
 
 
 @dataclass(frozen=True)
-class SampleRow:
-    """One prompt with the first response of each candidate."""
+class SampleCard:
+    """One prompt with one response of each method (of its first run)."""
 
     prompt: str
-    samples: Sequence[Sample]
+    answers: Mapping[str, Sample]
     best: float
 
 
@@ -61,25 +66,37 @@ def write_html(
     curves: Mapping[str, Curve],
     samples: Sequence[CandidateSamples],
     facts: Mapping[str, str],
+    *,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the whole report to `path`; `facts` (name -> value) are listed under how it was measured."""
+    """Write the whole report to `path`.
+
+    `facts` (name -> value) are listed under how it was measured, `environment` (package -> version) after them;
+    `recipes` (run -> resolved recipe) of two or more runs adds what they do differently.
+    """
+    recipes = recipes or {}
     scripts = [get_plotlyjs(), files("rlhf.report").joinpath("report.js").read_text(encoding="utf-8")]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(show=show, signed=partial(show, sign=True), visible=visible)
-    template = environment.from_string(files("rlhf.report").joinpath("template.html.jinja").read_text(encoding="utf-8"))
+    loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    loader.filters.update(show=show, signed=partial(show, sign=True), visible=visible, chance=chance)
+    template = loader.from_string(files("rlhf.report").joinpath("template.html.jinja").read_text(encoding="utf-8"))
     page = template.render(
         policy=_content_policy(scripts),
         scripts=scripts,
         comparison=comparison,
-        ranked=sorted(comparison.candidates, key=lambda item: -item.gold),
+        seeds=seeds(comparison),
         verdict=verdict(comparison),
-        findings=[_parts(finding) for finding in diagnose(comparison, curves)],
+        findings=diagnose(comparison, curves),
         pairs=_pairs(comparison),
         frontier=frontier_plots(comparison, curves),
-        stages=[_stage(comparison, name, curve) for name, curve in curves.items()],
-        rows=_sample_rows(samples),
-        names=[item.name for item in samples],
+        histograms=histogram_plots(comparison, samples),
+        stages=_stages(comparison, curves),
+        cards=_cards(samples),
+        names=[item.name for item in comparison.candidates],
+        differences=recipe_differences(list(recipes.values())),
+        runs=list(recipes),
         facts=facts,
+        environment=environment or {},
         tints={item.name: colour(comparison, item.name) for item in comparison.candidates},
         percent=percent,
         fewest=FEWEST_PROMPTS,
@@ -97,24 +114,23 @@ def _content_policy(scripts: Sequence[str]) -> str:
     )
 
 
-def _parts(finding: str) -> tuple[str, str, str]:
-    """Split a finding into its subject, what is claimed of it (maybe nothing) and the advice."""
-    what, _, advice = finding.partition(" Try: ")
-    subject, _, claim = what.partition(": ")
-    return subject, claim, advice
-
-
-def _stage(comparison: Comparison, name: str, curve: Curve) -> StagePlots:
-    tint = colour(comparison, name)
-    plots = curve_plots(curve, tint)
-    return StagePlots(name, tint, plots[:8], plots[8:])
+def _stages(comparison: Comparison, curves: Mapping[str, Curve]) -> list[StagePlots]:
+    """Return the learning curves by stage, the runs of one stage in one plot."""
+    runs: dict[str, list[Curve]] = {}
+    for name, curve in curves.items():
+        runs.setdefault(method(name), []).append(curve)
+    stages = []
+    for name, found in runs.items():
+        tint = colour(comparison, name)
+        plots = curve_plots(found, tint)
+        stages.append(StagePlots(name, len(found), tint, plots[:LEADING_PLOTS], plots[LEADING_PLOTS:]))
+    return stages
 
 
 def _pairs(comparison: Comparison) -> list[PairRow]:
     golds = [item for item in comparison.differences if item.metric == "gold"]
     ends = [0.0, *(item.difference for item in golds)]
-    bounded = [item for item in golds if abs(item.ci.low) < float("inf")]
-    ends += [end for item in bounded for end in (item.ci.low, item.ci.high)]
+    ends += [end for item in golds if item.ci.bounded for end in item.ci]
     start, span = min(ends), (max(ends) - min(ends)) or 1.0
 
     def place(value: float) -> float:
@@ -124,7 +140,7 @@ def _pairs(comparison: Comparison) -> list[PairRow]:
         PairRow(
             candidate=item.candidate,
             baseline=item.baseline,
-            cells=[comparison.difference(item.candidate, item.baseline, metric) for metric in METRICS],
+            cells=[comparison.difference(item.candidate, item.baseline, metric) for metric in comparison.metrics],
             low=place(item.ci.low),
             high=place(item.ci.high),
             middle=place(item.difference),
@@ -134,13 +150,17 @@ def _pairs(comparison: Comparison) -> list[PairRow]:
     ]
 
 
-def _sample_rows(candidates: Sequence[CandidateSamples]) -> list[SampleRow]:
+def _cards(candidates: Sequence[CandidateSamples]) -> list[SampleCard]:
     """Take prompts evenly spaced over the held-out order, so that nobody picked them by result."""
     ids = [sample.prompt_id for sample in candidates[0].samples]
-    first = [place for place, name in enumerate(ids) if name not in ids[:place]]
-    count = min(SHOWN_PROMPTS, len(first))
-    rows = []
+    first = list({name: place for place, name in reversed(list(enumerate(ids)))}.values())[::-1]
+    count = min(MOST_PROMPTS, len(first))
+    runs = {method(item.name): item for item in reversed(candidates)}
+    names = dict.fromkeys(method(item.name) for item in candidates)
+    cards = []
     for turn in range(count):
-        found = [item.samples[first[turn * len(first) // count]] for item in candidates]
-        rows.append(SampleRow(found[0].prompt, found, max(sample.gold for sample in found)))
-    return rows
+        place = first[turn * len(first) // count]
+        answers = {name: runs[name].samples[place] for name in names}
+        prompt = candidates[0].samples[place].prompt
+        cards.append(SampleCard(prompt, answers, max(sample.gold for sample in answers.values())))
+    return cards

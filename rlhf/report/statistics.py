@@ -1,100 +1,56 @@
-"""Means, win rates and differences with bootstrap intervals over prompts.
+"""The comparison itself: every method, every pair of methods, on the same prompts.
 
-The prompt is the unit of everything: samples of one prompt are alike, so they are averaged first and prompts are
-resampled whole. Candidates answer the same prompts, so differences are taken prompt by prompt (paired), which
-removes the spread between easy and hard prompts.
+Candidates answer the same prompts, so differences are taken prompt by prompt (paired), which removes the spread
+between easy and hard prompts. Runs of one method under several seeds (`ppo@1`, `ppo@2`) make one row.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from rlhf.errors import TrainingError
+from rlhf.recipe.base import Budget
+from rlhf.recipe.seeds import method
+from rlhf.report.frontier import frontier_point
+from rlhf.report.intervals import Array, by_prompt, estimate, holm
 from rlhf.report.results import (
     METRICS,
     CandidateResult,
     CandidateSamples,
     Comparison,
+    Cost,
     Estimate,
-    Interval,
+    FrontierPoint,
     Metric,
     PairedDifference,
+    RunResult,
+    WinRate,
 )
-
-Array = NDArray[np.float64]
-
-# Resamples drawn at once: bounds the memory of the bootstrap to this many times the number of prompts.
-BATCH = 256
+from rlhf.report.wins import outcomes, win_rate
 
 
-def mean_interval(values: ArrayLike, seed: int, resamples: int, level: float = 0.95) -> Interval:
-    """Return the BCa bootstrap interval of the mean of `values` [n], one independent value each (Efron 1987).
+@dataclass(frozen=True)
+class Method:
+    """The runs of one method; each column is `[runs, samples]`."""
 
-    Equal values give an interval of no width. A single value says nothing of the spread: the interval is unbounded.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.size < 2:
-        return Interval(-math.inf, math.inf)
-    mean = float(data.mean())
-    if np.ptp(data) <= 1e-12 * max(1.0, abs(mean)):
-        return Interval(mean, mean)
-    settings = {"confidence_level": level, "vectorized": True, "batch": BATCH}
-    result = stats.bootstrap((data,), np.mean, n_resamples=resamples, rng=np.random.default_rng(seed), **settings)
-    interval = result.confidence_interval
-    if not np.all(np.isfinite(interval)):  # BCa has no answer when every resample lies on one side of the mean
-        interval = np.quantile(result.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(interval[0]), float(interval[1]))
+    name: str
+    runs: tuple[CandidateSamples, ...]
+    columns: Mapping[Metric, Array]
+    characters: Array
 
 
-def by_prompt(values: ArrayLike, prompt_ids: Sequence[str]) -> Array:
-    """Average the values of each prompt; returns [prompts], in the order in which prompts first appear."""
-    data = np.asarray(values, dtype=np.float64)
-    if data.shape != (len(prompt_ids),):
-        raise ValueError(f"{len(prompt_ids)} prompt ids for values of shape {data.shape}")
-    order = {name: place for place, name in enumerate(dict.fromkeys(prompt_ids))}
-    place = np.array([order[name] for name in prompt_ids])
-    return np.bincount(place, weights=data) / np.bincount(place)
+@dataclass(frozen=True)
+class Settings:
+    """How intervals are made."""
 
-
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, prompt_ids: Sequence[str], seed: int, resamples: int, level: float = 0.95
-) -> Estimate:
-    """Return the mean of a - b over prompts; `a`, `b` and `prompt_ids` are per sample, in the same order."""
-    gap = by_prompt(a, prompt_ids) - by_prompt(b, prompt_ids)
-    return Estimate(float(gap.mean()), mean_interval(gap, seed, resamples, level), len(gap))
-
-
-def win_rate(
-    candidate_gold: ArrayLike,
-    baseline_gold: ArrayLike,
-    prompt_ids: Sequence[str],
-    seed: int,
-    resamples: int,
-    tie_margin: float = 1e-6,
-    level: float = 0.95,
-) -> Estimate:
-    """Return the share of samples with the better gold score, a tie (within `tie_margin`) counting one half.
-
-    Sample i of one meets sample i of the other, on the same prompt. When the candidate wins (or loses) everything
-    the bootstrap sees no spread; the exact binomial limit over prompts stands in (Clopper & Pearson 1934).
-    """
-    gap = np.asarray(candidate_gold, dtype=np.float64) - np.asarray(baseline_gold, dtype=np.float64)
-    outcome = np.where(np.abs(gap) <= tie_margin, 0.5, (gap > 0).astype(np.float64))
-    wins = by_prompt(outcome, prompt_ids)
-    mean, n = float(wins.mean()), len(wins)
-    if mean in (0.0, 1.0):
-        limit = ((1 - level) / 2) ** (1 / n)
-        interval = Interval(limit, 1.0) if mean == 1.0 else Interval(0.0, 1 - limit)
-    else:
-        found = mean_interval(wins, seed, resamples, level)
-        interval = Interval(max(found.low, 0.0), min(found.high, 1.0))
-    return Estimate(mean, interval, n)
+    seed: int
+    resamples: int
+    level: float
 
 
 def compare(
@@ -104,34 +60,33 @@ def compare(
     resamples: int,
     level: float = 0.95,
     tie_margin: float = 1e-6,
+    *,
+    frontier: Sequence[FrontierPoint] = (),
+    budget: Budget | None = None,
+    reward_accuracy: float | None = None,
 ) -> Comparison:
-    """Measure every candidate and every pair of candidates; `baseline` names the one that win rates are against.
+    """Measure every method and every pair of them; `baseline` names the one that win rates are against.
 
+    `frontier` has the points of checkpoints; those of the candidates themselves are added. `budget` and
+    `reward_accuracy` are passed on to the report.
     Raises TrainingError when candidates were not sampled on the same prompts or a score is not finite.
     """
     prompt_ids = _checked(candidates, baseline)
-    columns = {item.name: _columns(item) for item in candidates}
-    wins = [
-        win_rate(columns[item.name]["gold"], columns[baseline]["gold"], prompt_ids, seed, resamples, tie_margin, level)
-        for item in candidates
-    ]
-    results = []
-    for item, won in zip(candidates, wins, strict=True):
-        means = {metric: by_prompt(columns[item.name][metric], prompt_ids) for metric in METRICS}
-        found = {
-            metric: Estimate(float(values.mean()), mean_interval(values, seed, resamples, level), len(values))
-            for metric, values in means.items()
-        }
-        results.append(_result(item, found, won))
-    differences = []
-    for name, other in _pairs([item.name for item in candidates], baseline):
-        for metric in METRICS:
-            gap = paired_difference(columns[name][metric], columns[other][metric], prompt_ids, seed, resamples, level)
-            differences.append(PairedDifference(name, other, metric, gap.value, gap.ci, gap.n))
+    methods, settings = _methods(candidates), Settings(seed, resamples, level)
+    baseline = method(baseline)
+    pairs = _pairs(list(methods), baseline)
+    wins = tuple(_win(methods[one], methods[other], prompt_ids, settings, tie_margin) for one, other in pairs)
+    against = {item.candidate: item for item in wins if item.baseline == baseline}
+    base = methods[baseline]
+    against[baseline] = _win(base, base, prompt_ids, settings, tie_margin)
     return Comparison(
         baseline=baseline,
-        candidates=tuple(results),
-        differences=tuple(differences),
+        candidates=tuple(_result(item, prompt_ids, against[item.name], settings) for item in methods.values()),
+        differences=_differences(methods, pairs, prompt_ids, settings),
+        wins=wins,
+        frontier=(*frontier, *(frontier_point(item.name, item.samples) for item in candidates)),
+        budget=budget,
+        reward_accuracy=reward_accuracy,
         prompts=len(set(prompt_ids)),
         samples=len(prompt_ids),
         seed=seed,
@@ -141,33 +96,97 @@ def compare(
     )
 
 
-def _result(item: CandidateSamples, found: Mapping[Metric, Estimate], won: Estimate) -> CandidateResult:
+def _methods(candidates: Sequence[CandidateSamples]) -> dict[str, Method]:
+    runs: dict[str, list[CandidateSamples]] = {}
+    for item in candidates:
+        runs.setdefault(method(item.name), []).append(item)
+    methods = {}
+    for name, items in runs.items():
+        columns = {metric: np.stack([_column(item, metric) for item in items]) for metric in _measured(items[0])}
+        characters = np.array([[len(sample.response) for sample in item.samples] for item in items], dtype=np.float64)
+        methods[name] = Method(name, tuple(items), columns, characters)
+    return methods
+
+
+def _result(item: Method, prompt_ids: Sequence[str], won: WinRate, settings: Settings) -> CandidateResult:
+    found = {
+        metric: _estimate(by_prompt(column, prompt_ids)[:, None], settings) for metric, column in item.columns.items()
+    }
+    reward = found.get("reward")
+    samples = [sample for run in item.runs for sample in run.samples]
     return CandidateResult(
         name=item.name,
-        kind=item.kind,
+        kind=item.runs[0].kind,
+        runs=tuple(_run(item, place, prompt_ids) for place in range(len(item.runs))),
         gold=found["gold"].value,
         gold_ci=found["gold"].ci,
-        reward=found["reward"].value,
-        reward_ci=found["reward"].ci,
+        reward=reward.value if reward else None,
+        reward_ci=reward.ci if reward else None,
         kl=found["kl"].value,
         kl_ci=found["kl"].ci,
         length=found["length"].value,
         length_ci=found["length"].ci,
-        win_rate=won.value,
-        win_rate_ci=won.ci,
-        truncated=sum(sample.finish_reason == "length" for sample in item.samples) / len(item.samples),
-        distinct=len({sample.response for sample in item.samples}) / len(item.samples),
+        win_rate=won.win_rate,
+        win_rate_ci=won.win_rate_ci,
+        truncated=fmean(sample.finish_reason == "length" for sample in samples),
+        distinct=fmean(len({sample.response for sample in run.samples}) / len(run.samples) for run in item.runs),
+        characters=float(item.characters.mean()),
+        preference_accuracy=_mean([run.preference_accuracy for run in item.runs]),
+        cost=_mean_cost([run.cost for run in item.runs if run.cost]),
     )
 
 
-def _columns(item: CandidateSamples) -> dict[Metric, Array]:
-    samples = item.samples
-    return {
-        "gold": np.array([sample.gold for sample in samples], dtype=np.float64),
-        "reward": np.array([sample.reward for sample in samples], dtype=np.float64),
-        "kl": np.array([sample.kl for sample in samples], dtype=np.float64),
-        "length": np.array([sample.tokens for sample in samples], dtype=np.float64),
-    }
+def _run(item: Method, place: int, prompt_ids: Sequence[str]) -> RunResult:
+    means = {metric: float(by_prompt(column[place], prompt_ids).mean()) for metric, column in item.columns.items()}
+    return RunResult(item.runs[place].name, means["gold"], means.get("reward"), means["kl"], means["length"])
+
+
+def _differences(
+    methods: Mapping[str, Method], pairs: Sequence[tuple[str, str]], prompt_ids: Sequence[str], settings: Settings
+) -> tuple[PairedDifference, ...]:
+    differences: list[PairedDifference] = []
+    for metric in _measured(next(iter(methods.values())).runs[0]):
+        means = {name: by_prompt(item.columns[metric], prompt_ids) for name, item in methods.items()}
+        gaps = [_estimate(means[one][:, None] - means[other][None], settings) for one, other in pairs]
+        corrected = holm([gap.p_value for gap in gaps])
+        differences += [
+            PairedDifference(*pair, metric, gap.value, gap.ci, gap.n, gap.p_value, p_corrected, settings.level)
+            for pair, gap, p_corrected in zip(pairs, gaps, corrected, strict=True)
+        ]
+    return tuple(differences)
+
+
+def _win(one: Method, other: Method, prompt_ids: Sequence[str], settings: Settings, tie_margin: float) -> WinRate:
+    outcome = outcomes(one.columns["gold"], other.columns["gold"], tie_margin)
+    if one is other:  # a run against itself is a tie, and against another run of its method half of the time
+        outcome = np.full((1, 1, outcome.shape[-1]), 0.5)
+    longer = one.characters[:, None] - other.characters[None]
+    longer = longer[: outcome.shape[0], : outcome.shape[1]]
+    how = (settings.seed, settings.resamples, settings.level)
+    return win_rate(one.name, other.name, outcome, longer, prompt_ids, *how)
+
+
+def _estimate(values: Array, settings: Settings) -> Estimate:
+    return estimate(values, settings.seed, settings.resamples, settings.level)
+
+
+def _measured(item: CandidateSamples) -> list[Metric]:
+    return [metric for metric in METRICS if metric != "reward" or item.samples[0].reward is not None]
+
+
+def _column(item: CandidateSamples, metric: Metric) -> Array:
+    field = "tokens" if metric == "length" else metric
+    return np.array([getattr(sample, field) for sample in item.samples], dtype=np.float64)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost | None:
+    names = ("gradient_tokens", "generated_tokens", "seconds", "accelerator_seconds")
+    return Cost(*(fmean(getattr(cost, name) for cost in costs) for name in names)) if costs else None
 
 
 def _pairs(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
@@ -177,17 +196,22 @@ def _pairs(names: Sequence[str], baseline: str) -> list[tuple[str, str]]:
 
 def _checked(candidates: Sequence[CandidateSamples], baseline: str) -> list[str]:
     names = [item.name for item in candidates]
-    if baseline not in names or len(set(names)) != len(names):
+    known = {method(name) for name in names}
+    if method(baseline) not in known or len(set(names)) != len(names):
         raise TrainingError(f"compare: need candidates of different names with {baseline!r} among them, got {names}")
     prompt_ids = [sample.prompt_id for sample in candidates[0].samples]
     if not prompt_ids:
         raise TrainingError("compare: there are no samples to compare; check the stage's prompts")
+    scored = {sample.reward is not None for item in candidates for sample in item.samples}
+    if len(scored) > 1:
+        raise TrainingError("compare: some samples have a proxy reward and some have none; score all of them or none")
     for item in candidates:
         if [sample.prompt_id for sample in item.samples] != prompt_ids:
             raise TrainingError(
                 f"compare: {item.name} was not sampled on the same prompts, in the same order, as {names[0]}"
             )
-        for metric, column in _columns(item).items():
+        for metric in _measured(item):
+            column = _column(item, metric)
             bad = np.flatnonzero(~np.isfinite(column))
             if bad.size:
                 raise TrainingError(

@@ -7,38 +7,39 @@ import time
 from collections.abc import Sequence
 from itertools import combinations
 
+from rlhf.data.best import Best, write_best
 from rlhf.data.pairs import Pair, write_pairs
 from rlhf.data.reading import read_prompts
 from rlhf.data.tokenize import tokenize_prompts
 from rlhf.errors import TrainingError
 from rlhf.recipe.stage_schema import AnnotateStage
+from rlhf.rewards.llm import LlmReward
+from rlhf.roles import RolloutEngine
 from rlhf.stages.context import StageContext
 from rlhf.stages.sft import Summary
-from rlhf.types import Rollout, Sampling
+from rlhf.types import Prompt, Rollout, Sampling
 
 PROMPTS_PER_CALL = 128
 
 
 def run(stage: AnnotateStage, context: StageContext) -> Summary:
-    """Write `pairs.jsonl`; whole prompts, not pairs, are held out."""
+    """Write `pairs.jsonl`, and `best.jsonl` with the best sample of each prompt; whole prompts are held out."""
     tokenizer = context.tokenizer(stage.policy)
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
     engine = context.launcher.rollout(context.rollout(stage.policy))
     judge = context.judge(stage.judge, tokenizer.pad_id)
-    sampling = Sampling(stage.max_response_tokens, stage.temperature)
     starts = range(0, len(prompts), PROMPTS_PER_CALL)
     context.tracker.begin("sampling", len(starts))
     pairs: list[Pair] = []
+    best: list[Best] = []
     for index, start in enumerate(starts):
         clock = time.perf_counter()
-        part = prompts[start : start + PROMPTS_PER_CALL]
-        seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in part]
-        rollouts = engine.generate(part, sampling, seeds).result()
-        context.tracker.spend(generated_tokens=sum(len(r.tokens) for r in rollouts))
+        rollouts = _draw(engine, prompts[start : start + PROMPTS_PER_CALL], stage, context)
         scores = judge.score(rollouts).result().tolist()
         for row in range(0, len(rollouts), stage.samples_per_prompt):
             group = slice(row, row + stage.samples_per_prompt)
             pairs += _pairs(rollouts[group], scores[group], stage, context)
+            best += _best(rollouts[group], scores[group], stage, context)
         speed = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - clock)
         context.tracker.log(
             index + 1, {"reward": sum(scores) / len(scores), "pairs": len(pairs), "tokens_per_second": speed}
@@ -49,8 +50,49 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
             " alike; raise samples_per_prompt or temperature, or look at the judge"
         )
     write_pairs(context.folder / "pairs.jsonl", pairs)
+    write_best(context.folder / "best.jsonl", best)
     flipped = sum(pair.flipped for pair in pairs) / len(pairs)
-    return {"pairs": len(pairs), "heldout": sum(pair.heldout for pair in pairs), "flipped": flipped}
+    summary: Summary = {"pairs": len(pairs), "heldout": sum(pair.heldout for pair in pairs), "flipped": flipped}
+    if isinstance(judge, LlmReward):
+        summary |= {"questions_asked": judge.asked, "unreadable_answers": judge.unreadable}
+    return summary
+
+
+def _draw(
+    engine: RolloutEngine, prompts: Sequence[Prompt], stage: AnnotateStage, context: StageContext
+) -> list[Rollout]:
+    seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in prompts]
+    sampling = Sampling(stage.max_response_tokens, stage.temperature)
+    rollouts = engine.generate(prompts, sampling, seeds).result()
+    context.tracker.spend(generated_tokens=sum(len(r.tokens) for r in rollouts))
+    return rollouts
+
+
+def _labels(prompt: Prompt, stage: AnnotateStage, context: StageContext) -> tuple[bool, random.Random]:
+    """Return whether a prompt is held out, and what draws the noise of its labels."""
+    rng = random.Random(context.seed("label", prompt.id))
+    return rng.random() < stage.heldout_fraction, rng
+
+
+def _best(
+    rollouts: Sequence[Rollout], scores: Sequence[float], stage: AnnotateStage, context: StageContext
+) -> list[Best]:
+    """Return the sample of one prompt that scores highest, the first of equals; nothing of a held-out prompt."""
+    prompt = rollouts[0].prompt
+    if _labels(prompt, stage, context)[0]:
+        return []
+    score, rollout = max(zip(scores, rollouts, strict=True), key=lambda pair: pair[0])
+    return [
+        Best(
+            prompt_id=prompt.id,
+            prompt=prompt.text,
+            prompt_tokens=prompt.tokens,
+            metadata=dict(prompt.metadata),
+            response=rollout.text,
+            response_tokens=rollout.tokens,
+            score=score,
+        )
+    ]
 
 
 def _pairs(
@@ -60,8 +102,7 @@ def _pairs(
     order = sorted(range(len(rollouts)), key=lambda i: -scores[i])
     chosen = [(order[0], order[-1])] if stage.pairing == "best_worst" else list(combinations(order, 2))
     prompt = rollouts[0].prompt
-    rng = random.Random(context.seed("label", prompt.id))
-    heldout = rng.random() < stage.heldout_fraction
+    heldout, rng = _labels(prompt, stage, context)
     pairs = []
     for better, worse in chosen:
         if scores[better] == scores[worse] or rollouts[better].tokens == rollouts[worse].tokens:

@@ -2,125 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from rlhf.algorithms.logprobs import sequence_logprobs
-from rlhf.algorithms.masked import masked_mean
-from rlhf.data.collate import collate_rollouts
 from rlhf.data.reading import read_prompts
-from rlhf.data.tokenize import tokenize_prompts
-from rlhf.errors import GuardError
-from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import Agreement, CompareStage
+from rlhf.data.rows import PromptRow
+from rlhf.errors import DataError
+from rlhf.fingerprint import file_digest
+from rlhf.recipe.base import FunctionJudge, Judge, LlmJudge, ModelJudge
+from rlhf.recipe.stage_schema import CompareStage
 from rlhf.report.curves import read_curves
+from rlhf.report.evaluation import Evaluation, write_evaluation
+from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
-from rlhf.report.results import CandidateSamples, Comparison, Sample
-from rlhf.report.statistics import compare
-from rlhf.roles import RewardSource
+from rlhf.report.results import CandidateSamples, Cost, FrontierPoint, Sample
+from rlhf.report.wins import write_leaderboard
 from rlhf.stages.context import StageContext
+from rlhf.stages.evaluate import Drawn, draw, heldout_pairs, implicit_accuracy, judged, sequence_kl
 from rlhf.stages.samples import write_samples
 from rlhf.stages.sft import Summary
-from rlhf.types import Prompt, Rollout, Sampling, TokenBatch
-
-Drawn = dict[str, tuple[list[Rollout], Tensor]]
-"""Each candidate's rollouts and their sequence logprobs `[B]` under the candidate itself."""
 
 
 def run(stage: CompareStage, context: StageContext) -> Summary:
-    """Sample every candidate, score all samples alike, and write the report.
+    """Sample every candidate (and the checkpoints it saved), score all samples alike, and write the report.
 
     The KL of a sample is sum_t log pi(token) - log ref(token), both by the trainer's model, the reference being the
     baseline; its mean over samples estimates the sequence-level KL(pi || ref) without bias at the stage's temperature.
     """
-    tokenizer = context.tokenizer(stage.baseline)
-    prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
-    context.tracker.begin("sampling", len(stage.candidates))
-    drawn: Drawn = {}
-    for index, name in enumerate(stage.candidates):
-        drawn[name] = _draw(name, prompts, stage, context, tokenizer.pad_id)
-        context.tracker.advance(index + 1, {"length": _mean_length(drawn[name][0])})
-    kl = _sequence_kl(drawn, stage, context, tokenizer.pad_id)
-    golds = _judged(drawn, context.judge(stage.gold, tokenizer.pad_id))
-    rewards = _judged(drawn, context.judge(stage.reward, tokenizer.pad_id))
-    candidates = []
-    for name, (rollouts, _) in drawn.items():
-        write_samples(context.folder / "samples" / name, 0, rollouts, golds[name])
-        candidates.append(_candidate(name, context.recipe, rollouts, golds[name], rewards[name], kl[name].tolist()))
-    comparison = compare(candidates, stage.baseline, context.seed("bootstrap"), stage.bootstrap_samples)
-    _report(comparison, candidates, stage, context)
-    return {result.name: result.gold for result in comparison.candidates}
-
-
-def _draw(
-    name: str, prompts: Sequence[Prompt], stage: CompareStage, context: StageContext, pad_id: int
-) -> tuple[list[Rollout], Tensor]:
-    """Return a candidate's rollouts and their sequence logprobs `[B]` under the candidate itself."""
-    engine = context.launcher.rollout(context.rollout(name))
-    policy = context.launcher.policy(context.frozen("policy", "causal", name, stage.temperature))
-    seeds = [[context.seed(prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in prompts]
-    rollouts = engine.generate(prompts, Sampling(stage.max_response_tokens, stage.temperature), seeds).result()
-    batch = collate_rollouts(rollouts, pad_id)
-    logprobs = policy.logprobs(batch).result().logprobs
-    _check_served(name, logprobs, batch)
-    return rollouts, sequence_logprobs(logprobs, batch.response_mask)
-
-
-def _check_served(name: str, logprobs: Tensor, batch: TokenBatch) -> None:
-    gap = float(masked_mean((logprobs - batch.rollout_logprobs).abs(), batch.response_mask))
-    if not gap <= Agreement().tolerance:
-        raise GuardError(f"the engine's logprobs differ from those of {name} by {gap:.3f} nats in the mean")
-
-
-def _sequence_kl(drawn: Drawn, stage: CompareStage, context: StageContext, pad_id: int) -> dict[str, Tensor]:
-    """Return log pi - log ref of every sample, `[B]` per candidate; exactly 0 for the baseline."""
+    rows = read_prompts(stage.prompts)
+    drawn = _draw_all(rows, stage, context)
     reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
-    result = {}
-    for name, (rollouts, own) in drawn.items():
-        batch = collate_rollouts(rollouts, pad_id)
-        result[name] = own - sequence_logprobs(reference.logprobs(batch).result().logprobs, batch.response_mask)
-    return result | {stage.baseline: torch.zeros_like(result[stage.baseline])}
+    kl = sequence_kl(drawn, rows, reference, stage.baseline)
+    pad_id = drawn[stage.baseline].tokenizer.pad_id
+    golds = judged(drawn, context.judge(stage.gold, pad_id), stage.samples_per_prompt)
+    rewards: Mapping[str, Sequence[float | None]] = dict.fromkeys(drawn, [None] * len(golds[stage.baseline]))
+    if stage.reward:
+        rewards = judged(drawn, context.judge(stage.reward, pad_id), stage.samples_per_prompt)
+    samples = {
+        name: tuple(
+            Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, log_ratio, len(r.tokens), r.finish_reason)
+            for r, gold, reward, log_ratio in zip(
+                item.rollouts, golds[name], rewards[name], kl[name].tolist(), strict=True
+            )
+        )
+        for name, item in drawn.items()
+    }
+    for name in stage.candidates:
+        write_samples(context.folder / "samples" / name, 0, drawn[name].rollouts, golds[name])
+    evaluation = _evaluation(samples, implicit_accuracy(drawn, stage.baseline), rows, stage, context)
+    _write(evaluation, context)
+    return {result.name: result.gold for result in evaluation.compare().candidates}
 
 
-def _judged(drawn: Drawn, judge: RewardSource) -> dict[str, list[float]]:
-    """Return the judge's score of every sample, per candidate."""
-    return {name: judge.score(rollouts).result().tolist() for name, (rollouts, _) in drawn.items()}
+def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> dict[str, Drawn]:
+    names = list(stage.candidates)
+    if stage.frontier and not isinstance(stage.gold, LlmJudge):  # who judges by comparing sees the candidates only
+        names += [saved for name in stage.candidates for saved in context.saved(name)]
+    pairs = heldout_pairs(stage, context)
+    words = {name: context.tokenizer(name).fingerprint() for name in stage.candidates}
+    foreign = [name for name in stage.candidates if words[name] != words[stage.baseline]]
+    if foreign and any(isinstance(judge, ModelJudge) for judge in (stage.gold, stage.reward)):
+        raise DataError(
+            f"{foreign[0]} has another tokenizer than {stage.baseline}, and a reward model reads token ids: leave"
+            " `reward` out, or judge by a function, a service or a language model"
+        )
+    context.tracker.begin("sampling", len(names))
+    drawn: dict[str, Drawn] = {}
+    for index, name in enumerate(names):
+        drawn[name] = draw(name, rows, pairs if words.get(name) == words[stage.baseline] else [], stage, context)
+        lengths = [len(rollout.tokens) for rollout in drawn[name].rollouts]
+        context.tracker.advance(index + 1, {"length": sum(lengths) / len(lengths)})
+    return drawn
 
 
-def _candidate(
-    name: str,
-    recipe: Recipe,
-    rollouts: Sequence[Rollout],
-    golds: Sequence[float],
-    rewards: Sequence[float],
-    kls: Sequence[float],
-) -> CandidateSamples:
-    kind = next((stage.kind for stage in recipe.stages if stage.name == name), "base")
-    samples = (
-        Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, kl, len(r.tokens), r.finish_reason)
-        for r, gold, reward, kl in zip(rollouts, golds, rewards, kls, strict=True)
+def _evaluation(
+    samples: Mapping[str, tuple[Sample, ...]],
+    accuracy: Mapping[str, float | None],
+    rows: Sequence[PromptRow],
+    stage: CompareStage,
+    context: StageContext,
+) -> Evaluation:
+    kinds = {other.name: other.kind for other in context.recipe.stages}
+    candidates = tuple(
+        CandidateSamples(name, kinds.get(name, "base"), samples[name], _cost(name, context), accuracy[name])
+        for name in stage.candidates
     )
-    return CandidateSamples(name, kind, tuple(samples))
+    return Evaluation(
+        baseline=stage.baseline,
+        baseline_key=_baseline_key(stage, context),
+        conditions=_conditions(rows, stage),
+        candidates=candidates,
+        frontier=tuple(_point(name, samples[name]) for name in samples if name not in stage.candidates),
+        budget=context.recipe.budget,
+        reward_accuracy=_reward_accuracy(stage, context),
+        facts=_facts(rows, stage, context),
+        seed=context.seed("bootstrap"),
+        bootstrap_samples=stage.bootstrap_samples,
+    )
 
 
-def _mean_length(rollouts: Sequence[Rollout]) -> float:
-    return sum(len(rollout.tokens) for rollout in rollouts) / len(rollouts)
+def _point(name: str, samples: Sequence[Sample]) -> FrontierPoint:
+    run, _, step = name.partition("/step-")
+    return frontier_point(run, samples, int(step))
 
 
-def _report(
-    comparison: Comparison, candidates: Sequence[CandidateSamples], stage: CompareStage, context: StageContext
-) -> None:
-    curves = read_curves(context.folder.parent.parent)
-    facts = {
-        "Prompts": f"{len({s.prompt_id for s in candidates[0].samples})} held out, disjoint from all training prompts",
+def _done(name: str, context: StageContext) -> dict[str, dict[str, float]]:
+    """Return what a finished stage left in `done.json`; empty for a model that no stage made."""
+    path = context.outputs[name] / "done.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _cost(name: str, context: StageContext) -> Cost | None:
+    done = _done(name, context)
+    return Cost(**done["cost"]) if done else None
+
+
+def _reward_accuracy(stage: CompareStage, context: StageContext) -> float | None:
+    if not isinstance(stage.reward, ModelJudge):
+        return None
+    summary = _done(stage.reward.stage, context)["summary"]
+    return summary.get("judge_accuracy", summary.get("heldout_accuracy"))
+
+
+def _baseline_key(stage: CompareStage, context: StageContext) -> str:
+    files = sorted(context.checkpoint(stage.baseline).glob("*.safetensors"))
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+
+
+def _conditions(rows: Sequence[PromptRow], stage: CompareStage) -> dict[str, str]:
+    """Return what must be equal for the samples of two runs to be comparable."""
+    prompts = hashlib.sha256(json.dumps([[row.id, row.text] for row in rows]).encode()).hexdigest()
+    return {
+        "the set of prompts": prompts[:12],
+        "samples_per_prompt": str(stage.samples_per_prompt),
+        "temperature": str(stage.temperature),
+        "max_response_tokens": str(stage.max_response_tokens),
+        "gold": _named(stage.gold),
+    }
+
+
+def _named(judge: Judge) -> str:
+    """Return what tells one gold judge from another: a function by its name and its file's content."""
+    if isinstance(judge, FunctionJudge):
+        file, _, function = judge.path.rpartition(":")
+        return f"{Path(file).name}:{function} ({file_digest(Path(file))[:12]})"
+    return json.dumps(judge.model_dump(mode="json"), sort_keys=True)
+
+
+def _facts(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> dict[str, str]:
+    recipe = context.recipe
+    return {
+        "Prompts": f"{len(rows)} held out, disjoint from all training prompts",
         "Samples per prompt": str(stage.samples_per_prompt),
         "Decoding": f"temperature {stage.temperature}, at most {stage.max_response_tokens} tokens, same for all",
         "KL": f"mean over samples of log pi - log ref, reference {stage.baseline}, in nats a response",
-        "Run seed": str(context.recipe.seed),
-        "Model": f"{context.recipe.model.path} ({context.recipe.model.dtype})",
+        "Seeds": ", ".join(map(str, recipe.seeds)) if recipe.seeds else f"one, {recipe.seed}",
+        "Model": f"{recipe.model.path} ({recipe.model.dtype})",
     }
+
+
+def _write(evaluation: Evaluation, context: StageContext) -> None:
+    run = context.folder.parent.parent
+    comparison = evaluation.compare()
+    packages = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment = {"python": packages["python"], "platform": packages["platform"], **packages["packages"]}
+    write_evaluation(context.folder, evaluation)
     write_json(context.folder / "report.json", comparison)
-    write_html(context.folder / "report.html", comparison, curves, candidates, facts)
+    write_leaderboard(context.folder / "leaderboard.csv", comparison)
+    write_html(
+        context.folder / "report.html",
+        comparison,
+        read_curves(run),
+        evaluation.candidates,
+        evaluation.facts,
+        environment=environment,
+    )

@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.engines.base import LearnerSpec, RolloutSpec
+from rlhf.fingerprint import folder_digest
+from rlhf.models.cache import default_cache
+from rlhf.models.loading import resolve_judge
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.recipe.base import FunctionJudge, Judge, Lora, Optimizer
+from rlhf.recipe.base import FunctionJudge, HttpJudge, Judge, LlmJudge, Lora, ModelJudge, Optimizer
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import Stage
+from rlhf.rewards.chat import ChatJudge
+from rlhf.rewards.engine import EngineJudge
 from rlhf.rewards.function import FunctionReward
+from rlhf.rewards.llm import LlmReward
 from rlhf.rewards.model import ModelReward
+from rlhf.rewards.remote import HttpReward
+from rlhf.rewards.verdicts import VerdictCache
 from rlhf.roles import Launcher, RewardSource
 from rlhf.seeding import derive
 from rlhf.tracking import Tracker
@@ -46,17 +54,23 @@ class StageContext:
         seed = self.recipe.seed if self.stage.seed is None else self.stage.seed
         return derive(seed, self.stage.name.partition(MARK)[0], *parts)
 
+    def cost(self) -> dict[str, float]:
+        """Return what the stage has spent so far: tokens, seconds, and seconds times accelerators."""
+        spent = self.tracker.cost
+        return {
+            "gradient_tokens": spent.gradient_tokens,
+            "generated_tokens": spent.generated_tokens,
+            "seconds": spent.seconds,
+            "accelerator_seconds": spent.seconds * self.devices,
+        }
+
     def spent(self) -> float:
         """Return the share of the recipe's budget that this stage has used, by the nearest limit; 0 without one."""
-        budget, cost = self.recipe.budget, self.tracker.cost
+        budget = self.recipe.budget
         if budget is None or not isinstance(self.stage, OnlineStage | PreferenceStage):
             return 0.0
-        pairs = (
-            (cost.gradient_tokens, budget.gradient_tokens),
-            (cost.generated_tokens, budget.generated_tokens),
-            (cost.seconds * self.devices, budget.accelerator_seconds),
-        )
-        return max((used / limit for used, limit in pairs if limit is not None), default=0.0)
+        used, limits = self.cost(), budget.model_dump(exclude_none=True)
+        return max((used[name] / limit for name, limit in limits.items()), default=0.0)
 
     def total_steps(self, step: int, planned: int) -> int:
         """Return how many steps the stage will make: those planned, or fewer where the budget ends before."""
@@ -64,7 +78,7 @@ class StageContext:
         return planned if used == 0 else min(planned, max(step + 1, round(step / used)))
 
     def checkpoint(self, name: str) -> Path:
-        """Return the Hugging Face folder of `base`, of one of `checkpoints`, of a finished stage or of `stage/step-3`."""
+        """Return the folder of `base`, of one of `checkpoints`, of a finished stage's model, or of `stage/step-3`."""
         stage, _, saved = name.partition("/")
         if stage == "base" or stage in self.recipe.checkpoints:
             return self.outputs[stage]
@@ -137,6 +151,30 @@ class StageContext:
 
     def judge(self, judge: Judge, pad_id: int) -> RewardSource:
         """Start the reward source that a judge section describes."""
-        if isinstance(judge, FunctionJudge):
-            return FunctionReward(judge.path)
-        return ModelReward(self.launcher.reward(self.frozen("reward", "scalar", judge.stage)), pad_id)
+        match judge:
+            case FunctionJudge():
+                return FunctionReward(judge.path)
+            case HttpJudge():
+                return HttpReward(judge)
+            case ModelJudge():
+                return ModelReward(self.launcher.reward(self.frozen("reward", "scalar", judge.stage)), pad_id)
+            case LlmJudge():
+                return self._language_model(judge)
+
+    def _language_model(self, judge: LlmJudge) -> LlmReward:
+        """Build a judge behind an endpoint, or one that runs here with its own model and tokenizer."""
+        cache = VerdictCache(default_cache() / "verdicts.sqlite")
+        if judge.url is not None:
+            return LlmReward(ChatJudge(judge, judge.url), judge.model, cache)
+        folder = resolve_judge(judge.model)
+        spec = RolloutSpec(
+            checkpoint=folder,
+            dtype=self.recipe.model.dtype,
+            role=self.recipe.roles.judge,
+            max_length=judge.max_prompt_tokens + 1,
+            threads=self.threads["judge"],
+            seed=self.recipe.seed,
+        )
+        engine = self.launcher.judge(spec)
+        source = EngineJudge(engine, load_tokenizer(folder), judge.criteria, judge.max_prompt_tokens)
+        return LlmReward(source, f"{folder_digest(folder)} {spec.dtype}", cache)

@@ -10,7 +10,8 @@ from rlhf.data.sampler import batches
 from rlhf.engines.base import Objective
 from rlhf.engines.schedule import lr_scale
 from rlhf.errors import GuardError
-from rlhf.recipe.stage_schema import Training
+from rlhf.recipe.preference_schema import PreferenceStage
+from rlhf.recipe.stage_base import Training
 from rlhf.roles import Learner
 from rlhf.stages.context import StageContext
 from rlhf.types import Rows
@@ -27,7 +28,10 @@ def train_epochs(
     stage: Training,
     context: StageContext,
 ) -> None:
-    """Train on shuffled batches of `rows` for the stage's epochs, one optimizer step per batch."""
+    """Train on shuffled batches of `rows` for the stage's epochs, one optimizer step per batch.
+
+    Stops early when the recipe's budget is used up; a preference stage's `save_every` writes `checkpoints/step-<n>`.
+    """
     plan = list(batches(len(rows), stage.batch_size, stage.epochs, context.seed("order")))
     context.tracker.begin("training", len(plan))
     skipped = 0
@@ -43,8 +47,10 @@ def train_epochs(
             raise GuardError(
                 f"the gradient was not finite {skipped} steps in a row; lower optimizer.learning_rate or use float32"
             )
-        tokens = int(batch.lengths().sum())
+        tokens = batch.token_count()
         context.tracker.spend(gradient_tokens=tokens)
         speed = tokens / (time.perf_counter() - start)
         extra = {"learning_rate": scale * stage.optimizer.learning_rate, "tokens_per_second": speed}
         context.tracker.log(index + 1, {**metrics, **extra})
+        if isinstance(stage, PreferenceStage) and stage.save_every and (index + 1) % stage.save_every == 0:
+            learner.save(context.folder / "checkpoints" / f"step-{index + 1}").result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf.algorithms.logprobs import sequence_logprobs
@@ -63,7 +64,9 @@ def heldout_pairs(stage: CompareStage, context: StageContext) -> list[Pair]:
     return [pair for pair in read_pairs(context.outputs[stage.pairs] / "pairs.jsonl") if pair.heldout]
 
 
-def sequence_kl(drawn: Mapping[str, Drawn], rows: Sequence[PromptRow], reference: Reference, baseline: str) -> dict[str, Tensor]:
+def sequence_kl(
+    drawn: Mapping[str, Drawn], rows: Sequence[PromptRow], reference: Reference, baseline: str
+) -> dict[str, Tensor]:
     """Return log pi - log ref of every sample, `[B]` per model; exactly 0 for the baseline, which is the reference.
 
     A model with a tokenizer of its own is compared by text: the reference scores the response as it would write it.
@@ -76,12 +79,14 @@ def sequence_kl(drawn: Mapping[str, Drawn], rows: Sequence[PromptRow], reference
             if item.tokenizer.fingerprint() == base.fingerprint()
             else _retokenised(item.rollouts, rows, base)
         )
-        found[name] = item.logprobs - sequence_logprobs(reference.logprobs(batch).result().logprobs, batch.response_mask)
+        found[name] = item.logprobs - sequence_logprobs(
+            reference.logprobs(batch).result().logprobs, batch.response_mask
+        )
     return found
 
 
 def implicit_accuracy(drawn: Mapping[str, Drawn], baseline: str) -> dict[str, float | None]:
-    """Return the share of held-out pairs whose chosen side gained on the reference (ties count half); None without pairs.
+    """Return the share of held-out pairs whose chosen side gained on the reference, ties half; None without pairs.
 
     log pi(chosen) / ref(chosen) > log pi(rejected) / ref(rejected), the accuracy of Rafailov et al. 2023's implicit
     reward, for every policy however it was trained. The reference itself has none.
@@ -115,6 +120,8 @@ def judged(drawn: Mapping[str, Drawn], judge: RewardSource, samples_per_prompt: 
 
 
 def _margins(policy: Reference, pairs: Sequence[Pair], pad_id: int) -> Tensor:
+    if not pairs:
+        return torch.zeros(0)
     batch: PreferenceBatch = collate_pairs(pair_sequences(pairs), pad_id=pad_id)
     chosen, rejected = policy.logprobs(batch.chosen), policy.logprobs(batch.rejected)
     return sequence_logprobs(chosen.result().logprobs, batch.chosen.response_mask) - sequence_logprobs(

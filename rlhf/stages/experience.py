@@ -1,23 +1,54 @@
-"""From rollouts to a complete PPO batch: every role speaks once, then the advantages follow."""
+"""From a step's rollouts to what every role says of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.advantages import gae, token_rewards
-from rlhf.algorithms.kl import kl_estimate
-from rlhf.algorithms.masked import masked_mean, masked_sum, whiten
+from rlhf.algorithms.masked import masked_sum
+from rlhf.algorithms.scores import flat_groups, overlong_penalty, whiten_scores
 from rlhf.data.collate import collate_rollouts
 from rlhf.errors import GuardError, TrainingError
-from rlhf.recipe.stage_schema import PpoStage
-from rlhf.roles import Roles
-from rlhf.types import Experience, Metrics, Rollout, TokenScores
+from rlhf.recipe.online_schema import OnlineStage, PolicyGradientStage
+from rlhf.roles import Pending, Roles
+from rlhf.types import Metrics, Rollout, TokenBatch, TokenScores
 
 MAX_EMPTY = 0.5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A step's rollouts once every role has spoken; what is of tokens is `[B, T]` and 0 off the response.
+
+    groups `[B]` numbers each rollout's prompt from 0. raw_scores `[B]` are the judge's, scores `[B]` those that are
+    learnt from. values are the critic's, 0 without one. unfinished `[B]` says which responses met the length limit.
+    """
+
+    batch: TokenBatch
+    groups: Tensor
+    raw_scores: Tensor
+    scores: Tensor
+    old: TokenScores
+    ref_logprobs: Tensor
+    values: Tensor
+    unfinished: Tensor
+
+    def kl(self) -> Tensor:
+        """Return the sum over all rollouts of the sequence KL to the reference (k1), in nats, a scalar."""
+        return masked_sum(self.old.logprobs - self.ref_logprobs, self.batch.response_mask)
+
+
+class Valued(Protocol):
+    """Anything that says what it expects before each token."""
+
+    def values(self, batch: TokenBatch) -> Pending[Tensor]:
+        """Return the value before each response token, `[B, T]`; zeros where there is no critic."""
+        ...
 
 
 def check_rollouts(rollouts: Sequence[Rollout]) -> None:
@@ -37,59 +68,63 @@ def check_rollouts(rollouts: Sequence[Rollout]) -> None:
         )
 
 
-def collect(roles: Roles, rollouts: Sequence[Rollout], pad_id: int, stage: PpoStage) -> tuple[Experience, Metrics]:
-    """Return the experience of a batch of rollouts, and what was measured on the way.
-
-    The reward of token t is -kl_coef * kl[t], plus the (clipped, penalised) score at the last token
-    (Ouyang et al. 2022, eq. 2); advantages are GAE, whitened over all response tokens.
-    """
+def collect(
+    roles: Roles,
+    valued: Valued,
+    rollouts: Sequence[Rollout],
+    score: Callable[[], Pending[Tensor]],
+    pad_id: int,
+    stage: OnlineStage,
+) -> Scored:
+    """Ask every role about the rollouts, all at the same time; `score` begins the judge's scoring."""
     batch = collate_rollouts(rollouts, pad_id)
-    mask = batch.response_mask
     old_pending, ref_pending = roles.policy.logprobs(batch), roles.reference.logprobs(batch)
-    score_pending, value_pending = roles.reward.score(rollouts), roles.critic.values(batch)
+    score_pending, value_pending = score(), valued.values(batch)
     old, ref = old_pending.result(), ref_pending.result()
     raw_scores, values = score_pending.result(), value_pending.result()
-    kl = kl_estimate(old.logprobs, ref.logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
     unfinished = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
-    scores = raw_scores.clamp(-stage.score_clip, stage.score_clip) - stage.missing_eos_penalty * unfinished
-    rewards = token_rewards(scores, kl, mask, stage.kl_coef)
-    advantages, returns = gae(rewards, values, mask, stage.gamma, stage.gae_lambda)
-    experience = Experience(
+    lengths = batch.response_mask.sum(dim=1)
+    return Scored(
         batch=batch,
-        scores=scores,
-        kl=kl,
-        old_logprobs=old.logprobs,
+        groups=group_numbers(len(rollouts), stage),
+        raw_scores=raw_scores,
+        scores=shaped(raw_scores, lengths, unfinished, stage),
+        old=old,
         ref_logprobs=ref.logprobs,
         values=values,
-        returns=returns,
-        advantages=whiten(advantages, mask),
+        unfinished=unfinished,
     )
-    return experience, _measure(experience, old, raw_scores, unfinished, stage)
 
 
-def _measure(
-    experience: Experience, old: TokenScores, raw_scores: Tensor, unfinished: Tensor, stage: PpoStage
-) -> Metrics:
-    mask = experience.batch.response_mask
-    rows, tokens = len(experience), float(mask.sum())
-    gap = (old.logprobs - experience.batch.rollout_logprobs).abs()
-    error = (experience.returns - experience.values)[mask]
-    spread = float(experience.returns[mask].var())
+def group_numbers(rows: int, stage: OnlineStage) -> Tensor:
+    """Return the number of each rollout's prompt, from 0, `[B]`: a prompt's samples stand next to each other."""
+    return torch.arange(rows) // stage.samples_per_prompt
+
+
+def shaped(raw_scores: Tensor, lengths: Tensor, unfinished: Tensor, stage: OnlineStage) -> Tensor:
+    """Return the scores that are learnt from, `[B]`: clipped, whitened, then less what the penalties take."""
+    scores = raw_scores.clamp(-stage.score_clip, stage.score_clip)
+    if isinstance(stage, PolicyGradientStage) and stage.whiten_scores:
+        scores = whiten_scores(scores)
+    scores = scores - stage.missing_eos_penalty * unfinished
+    if stage.overlong:
+        overlong = overlong_penalty(lengths, stage.max_response_tokens, stage.overlong.buffer)
+        scores = scores - stage.overlong.penalty * overlong
+    return scores
+
+
+def measure(scored: Scored, compares_samples: bool) -> Metrics:
+    """Return what every method reports of its rollouts; the share of flat groups where samples are compared."""
+    mask, rows = scored.batch.response_mask, len(scored.scores)
+    tokens = float(mask.sum())
+    gap = (scored.old.logprobs - scored.batch.rollout_logprobs).abs()
     per_row = Metrics.of(
-        rows,
-        reward=raw_scores.sum(),
-        kl=masked_sum(old.logprobs - experience.ref_logprobs, mask),
-        length=tokens,
-        unfinished=unfinished.sum(),
+        rows, reward=scored.raw_scores.sum(), kl=scored.kl(), length=tokens, unfinished=scored.unfinished.sum()
     )
-    per_token = Metrics.of(
-        tokens, entropy=masked_sum(old.entropy, mask), agreement=masked_sum(gap, mask), value=experience.values.sum()
-    )
-    once = Metrics.of(
-        1,
-        agreement_max=gap[mask].max(),
-        explained_variance=1 - float(error.var()) / spread if spread > 0 else 0.0,
-        reward_std=raw_scores.std() if rows > 1 else 0.0,
-        kl_penalty=stage.kl_coef * masked_mean(experience.kl, mask),
-    )
-    return per_row.merge(per_token).merge(once)
+    per_token = Metrics.of(tokens, entropy=masked_sum(scored.old.entropy, mask), agreement=masked_sum(gap, mask))
+    once = Metrics.of(1, agreement_max=gap[mask].max(), reward_std=scored.raw_scores.std() if rows > 1 else 0.0)
+    metrics = per_row.merge(per_token).merge(once)
+    if compares_samples:
+        flat = flat_groups(scored.scores, scored.groups)
+        metrics = metrics.merge(Metrics.of(len(flat), flat_groups=flat.sum()))
+    return metrics

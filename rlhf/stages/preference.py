@@ -1,20 +1,22 @@
-"""DPO: the policy before its first step is the reference, so its logprobs are computed once, up front."""
+"""Training on preference pairs: DPO and its siblings, told apart by their loss alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.logprobs import sequence_logprobs
+from rlhf.algorithms.preference import PAIR_LOSSES, REFERENCE_FREE, PairLoss
 from rlhf.data.collate import collate_pairs
-from rlhf.data.tokenize import TokenPair
-from rlhf.engines.objectives import Preference
-from rlhf.recipe.stage_schema import DpoStage
-from rlhf.roles import Policy
+from rlhf.data.sequences import TokenPair
+from rlhf.engines.preference_objectives import Preference
+from rlhf.recipe.preference_schema import AnyPairStage
+from rlhf.roles import Reference
 from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs
 from rlhf.stages.pairs import load_pairs
@@ -22,17 +24,21 @@ from rlhf.stages.sft import Summary
 from rlhf.types import PreferenceBatch, TokenBatch
 
 ReferencedPair = tuple[TokenPair, float, float]
+"""A pair with the sums of the reference's logprobs of the chosen and the rejected completion."""
 
 
-def run(stage: DpoStage, context: StageContext) -> Summary:
-    """Train on the pairs and save the merged policy; the held-out accuracy is of the implicit reward."""
+def run(stage: AnyPairStage, context: StageContext) -> Summary:
+    """Train on the pairs and save the merged policy; the held-out accuracy is of the loss's own implicit reward.
+
+    The policy before its first step is the reference, so its logprobs are computed once, up front, or not at all.
+    """
     tokenizer = context.tokenizer(stage.policy)
     split = load_pairs(stage, context, tokenizer)
     policy = context.launcher.policy(context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora))
     collate = partial(_collate, pad_id=tokenizer.pad_id)
-    train = _reference(policy, split.train, tokenizer.pad_id)
-    heldout = _reference(policy, split.heldout, tokenizer.pad_id)
-    objective = Preference(stage.beta, stage.label_smoothing)
+    referenced = _unreferenced if stage.kind in REFERENCE_FREE else partial(_referenced, policy, tokenizer.pad_id)
+    train, heldout = referenced(split.train), referenced(split.heldout)
+    objective = Preference(pair_loss(stage))
     train_epochs(policy, train, collate, objective, stage, context)
     summary: Summary = {"pairs": len(train)}
     if heldout:
@@ -42,17 +48,28 @@ def run(stage: DpoStage, context: StageContext) -> Summary:
     return summary
 
 
-def _reference(policy: Policy, pairs: Sequence[TokenPair], pad_id: int) -> list[ReferencedPair]:
-    """Return each pair with the sums of the reference's logprobs of the chosen and the rejected completion."""
+def pair_loss(stage: AnyPairStage) -> PairLoss:
+    """Return the loss of the stage's kind with the stage's settings: a loss names them as the recipe does."""
+    loss = PAIR_LOSSES[stage.kind]
+    settings = list(signature(loss).parameters)[1:]
+    return partial(loss, **{name: getattr(stage, name) for name in settings})
+
+
+def response_sums(model: Reference, batch: TokenBatch) -> Tensor:
+    """Return the model's sum of log-probabilities over each row's response, `[B]`."""
+    return sequence_logprobs(model.logprobs(batch).result().logprobs, batch.response_mask)
+
+
+def _referenced(model: Reference, pad_id: int, pairs: Sequence[TokenPair]) -> list[ReferencedPair]:
     if not pairs:
         return []
     batch = collate_pairs(pairs, pad_id=pad_id)
-    chosen, rejected = (_sums(policy, side).tolist() for side in (batch.chosen, batch.rejected))
+    chosen, rejected = (response_sums(model, side).tolist() for side in (batch.chosen, batch.rejected))
     return list(zip(pairs, chosen, rejected, strict=True))
 
 
-def _sums(policy: Policy, batch: TokenBatch) -> Tensor:
-    return sequence_logprobs(policy.logprobs(batch).result().logprobs, batch.response_mask)
+def _unreferenced(pairs: Sequence[TokenPair]) -> list[ReferencedPair]:
+    return [(pair, 0.0, 0.0) for pair in pairs]
 
 
 def _collate(rows: Sequence[ReferencedPair], pad_id: int) -> PreferenceBatch:

@@ -1,7 +1,17 @@
+import math
+
 import pytest
 import torch
 
-from rlhf.algorithms.advantages import gae, token_rewards
+from rlhf.algorithms.advantages import (
+    gae,
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    to_tokens,
+    token_rewards,
+    whitened_to_go,
+)
 
 
 def bools(*rows):
@@ -80,3 +90,94 @@ def test_advantages_and_returns_are_constants():
     advantages, returns = gae(torch.ones(1, 2), values, bools([1, 1]), 1.0, 0.95)
     assert not advantages.requires_grad
     assert not returns.requires_grad
+
+
+SCORES = torch.tensor([1.0, 10.0, 2.0, 10.0, 6.0, 10.0])
+GROUPS = torch.tensor(
+    [0, 1, 0, 1, 0, 1]
+)  # group 0: 1, 2, 6 with mean 3 and variance (4 + 1 + 9) / 2 = 7; group 1: tens
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        (group_centred, [-2, 0, -1, 0, 3, 0]),
+        (leave_one_out, [1 - 4, 0, 2 - 3.5, 0, 6 - 1.5, 0]),
+        (group_normalised, [-2 / 7**0.5, 0, -1 / 7**0.5, 0, 3 / 7**0.5, 0]),
+    ],
+)
+def test_group_estimators_by_hand(estimator, expected):
+    assert estimator(SCORES, GROUPS).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(params=range(4))
+def drawn(request):
+    """Scores of 5 groups of 2 to 6 samples, in mixed order."""
+    generator = torch.Generator().manual_seed(request.param)
+    groups = torch.repeat_interleave(torch.arange(5), torch.tensor([2, 3, 4, 5, 6]))
+    order = torch.randperm(20, generator=generator)
+    return 3 * torch.randn(20, generator=generator), groups[order]
+
+
+@pytest.mark.parametrize("estimator", [group_centred, group_normalised, leave_one_out])
+def test_group_advantages_sum_to_0_whatever_the_order_and_the_level(drawn, estimator):
+    scores, groups = drawn
+    advantages = estimator(scores, groups)
+    assert advantages.dtype == torch.float32
+    for group in range(5):
+        assert advantages[groups == group].sum().item() == pytest.approx(0, abs=1e-5)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(estimator(scores[order], groups[order]), advantages[order])
+    level = 10 * torch.randn(5, generator=torch.Generator().manual_seed(8))
+    torch.testing.assert_close(estimator(scores + level[groups], groups), advantages, rtol=1e-4, atol=1e-5)
+
+
+def test_leave_one_out_is_the_centred_score_scaled_by_n_over_n_minus_1(drawn):
+    scores, groups = drawn
+    sizes = groups.bincount()[groups].float()
+    torch.testing.assert_close(leave_one_out(scores, groups), sizes / (sizes - 1) * group_centred(scores, groups))
+    for row in range(20):
+        others = (groups == groups[row]) & (torch.arange(20) != row)
+        assert leave_one_out(scores, groups)[row].item() == pytest.approx(
+            (scores[row] - scores[others].mean()).item(), abs=1e-5
+        )
+
+
+def test_grpo_is_dr_grpo_over_the_groups_spread_and_so_has_spread_1(drawn):
+    scores, groups = drawn
+    normalised, centred = group_normalised(scores, groups), group_centred(scores, groups)
+    for group in range(5):
+        rows = groups == group
+        torch.testing.assert_close(normalised[rows] * (scores[rows].std() + 1e-4), centred[rows])
+        assert normalised[rows].std().item() == pytest.approx(1, abs=2e-3)
+    torch.testing.assert_close(group_normalised(50 * scores, groups), normalised, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [group_centred, group_normalised, leave_one_out])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1000.1, 3e7])
+def test_a_group_of_equal_scores_has_no_advantage(estimator, value):
+    assert estimator(torch.full((7,), value), torch.zeros(7, dtype=torch.int64)).abs().max() < 1e-6
+    noisy = torch.tensor([0.1, 0.1 + 1e-8, 0.1 - 1e-8])
+    assert estimator(noisy, torch.zeros(3, dtype=torch.int64)).abs().max() < 1e-3
+
+
+def test_to_tokens_by_hand():
+    mask = bools([0, 1, 1], [0, 0, 1])
+    assert to_tokens(torch.tensor([2.0, -1.0]), mask).tolist() == [[0, 2, 2], [0, 0, -1]]
+
+
+def test_whitened_to_go_by_hand():
+    # gamma 0.5: 1 + 0.5 * 4 = 3 and 4; the other row -1. Mean 2, deviations 1, 2, -3, variance 14/3.
+    rewards = torch.tensor([[7.0, 1.0, 4.0], [7.0, 7.0, -1.0]])
+    advantages = whitened_to_go(rewards, bools([0, 1, 1], [0, 0, 1]), 0.5)
+    std = math.sqrt(14 / 3)
+    torch.testing.assert_close(advantages, torch.tensor([[0, 1 / std, 2 / std], [0, 0, -3 / std]]))
+
+
+def test_undiscounted_rewards_to_go_of_a_score_alone_are_its_whitened_broadcast():
+    mask = bools([0, 1, 1, 1], [0, 0, 1, 0])
+    rewards = token_rewards(torch.tensor([3.0, -1.0]), torch.zeros(2, 4), mask, 0.0)
+    advantages = whitened_to_go(rewards, mask, 1.0)
+    assert advantages[0, 1:].unique().numel() == 1
+    assert advantages[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages[mask].square().mean().item() == pytest.approx(1)

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.ray_overhead [--steps 50] [--json out.json]
 
-One step makes the calls of `rlhf.stages.ppo`, with its faces and payloads: generate, logprobs of policy and reference,
-scores, values, train policy and critic, publish. The roles answer at once with prepared results; publishing makes every
+One step makes the calls of `rlhf.stages.online` for PPO, with its faces and payloads: generate, logprobs of policy and
+reference, scores, values, train policy and critic, publish. The roles answer at once; publishing makes every
 call of a weight transfer but moves no weights. The same steps in one process show what is not Ray's. Times are rough
 where the machine is shared; Ray's workers run at niceness 0 here, not at its default of 15.
 """
@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,14 @@ from torch import Tensor
 from actors.learner import RayModel
 from actors.rollout import RayRollout
 from actors.weights import ReplicaClient
-from rlhf.engines.objectives import ClippedPolicy, ClippedValue
 from rlhf.recipe.base import ModelJudge, PathData
-from rlhf.recipe.stage_schema import PpoStage
+from rlhf.recipe.online_schema import PpoStage
 from rlhf.rewards.model import ModelReward
 from rlhf.roles import Ready, Roles, SharedReference, WeightReceipt
-from rlhf.stages.experience import check_rollouts, collect
-from rlhf.types import Experience, Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
+from rlhf.stages.estimators import WithCritic
+from rlhf.stages.experience import check_rollouts, collect, measure
+from rlhf.stages.policy_gradient import objective
+from rlhf.types import Experience, Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -84,7 +86,7 @@ class IdleModel:
     def values(self, batch: TokenBatch) -> Tensor:
         return self.zeros
 
-    def train(self, batch: Experience, objective: Any, minibatches: Sequence[Sequence[int]], scale: float) -> Metrics:
+    def train(self, batch: Rows, objective: Any, minibatches: Sequence[Sequence[int]], scale: float) -> Metrics:
         return self.metrics
 
     def publish(self, replicas: list[ActorHandle], version: int, deadline_s: float) -> WeightReceipt:
@@ -147,11 +149,11 @@ class Here:
         return lambda *arguments: Ready(getattr(self.role, method)(*arguments))
 
 
-def bundle(policy: Any, reward: Any, critic: Any, rollout: Any) -> Roles:
-    return Roles(policy, SharedReference(policy), ModelReward(reward, pad_id=0), critic, rollout)
+def bundle(policy: Any, reward: Any, critic: Any, rollout: Any) -> tuple[Roles, WithCritic]:
+    return Roles(policy, SharedReference(policy), ModelReward(reward, pad_id=0), rollout), WithCritic(critic, STAGE)
 
 
-def in_ray() -> Roles:
+def in_ray() -> tuple[Roles, WithCritic]:
     """Start four processes: policy with reference, reward model, critic, rollout engine."""
 
     def model(role: str) -> RayModel:
@@ -162,24 +164,29 @@ def in_ray() -> Roles:
     return bundle(model("policy"), model("reward"), model("critic"), RayRollout([replica], DEADLINE_S))
 
 
-def in_process() -> Roles:
+def in_process() -> tuple[Roles, WithCritic]:
     return bundle(Here(IdleModel()), Here(IdleModel()), Here(IdleModel()), Here(IdleReplica()))
 
 
-def step(roles: Roles, version: int) -> dict[str, float]:
+def step(roles: Roles, estimator: WithCritic, version: int) -> dict[str, float]:
     """Make one PPO step and return the milliseconds of each phase."""
     marks = [time.perf_counter()]
     seeds = [[version + row] for row in range(SEQUENCES)]
     rollouts = roles.rollout.generate(PROMPTS, Sampling(RESPONSE_TOKENS), seeds).result()
     check_rollouts(rollouts)
     marks.append(time.perf_counter())
-    experience, _ = collect(roles, rollouts, 0, STAGE)
+    scored = collect(roles, estimator, rollouts, partial(roles.reward.score, rollouts), 0, STAGE)
+    measure(scored, compares_samples=False)
     marks.append(time.perf_counter())
-    policy = ClippedPolicy(STAGE.clip_range, STAGE.importance_cap, STAGE.temperature)
-    updates = (
-        roles.policy.train(experience, policy, MINIBATCHES, 1.0),
-        roles.critic.train(experience, ClippedValue(STAGE.value_clip_range), MINIBATCHES, 1.0),
+    kl = scored.old.logprobs - scored.ref_logprobs
+    estimate = estimator.estimate(scored, kl, STAGE.kl_coef)
+    experience = Experience(
+        scored.batch, scored.scores, kl, scored.old.logprobs, scored.ref_logprobs, estimate.advantages
     )
+    updates = [
+        roles.policy.train(experience, objective(STAGE, STAGE.kl_coef), MINIBATCHES, 1.0),
+        *estimate.update(MINIBATCHES, 0, 1),
+    ]
     for update in updates:
         update.result()
     marks.append(time.perf_counter())
@@ -189,11 +196,11 @@ def step(roles: Roles, version: int) -> dict[str, float]:
     return laps | {"step": 1e3 * (marks[-1] - marks[0])}
 
 
-def measure(roles: Roles, steps: int) -> dict[str, float]:
+def medians(roles: Roles, estimator: WithCritic, steps: int) -> dict[str, float]:
     """Return, after warm-up, the median milliseconds of each phase and of the step, and the step's 90th percentile."""
-    laps = [step(roles, version) for version in range(WARM_UP + steps)][WARM_UP:]
-    medians = {name: statistics.median(lap[name] for lap in laps) for name in (*PHASES, "step")}
-    return medians | {"step_p90": statistics.quantiles([lap["step"] for lap in laps], n=10)[-1]}
+    laps = [step(roles, estimator, version) for version in range(WARM_UP + steps)][WARM_UP:]
+    middle = {name: statistics.median(lap[name] for lap in laps) for name in (*PHASES, "step")}
+    return middle | {"step_p90": statistics.quantiles([lap["step"] for lap in laps], n=10)[-1]}
 
 
 def main() -> None:
@@ -203,9 +210,9 @@ def main() -> None:
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
-    here = measure(in_process(), options.steps)
+    here = medians(*in_process(), options.steps)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with_ray = measure(in_ray(), options.steps)
+    with_ray = medians(*in_ray(), options.steps)
     ray.shutdown()
     results = {"with_ray_ms": with_ray, "without_ray_ms": here}
     results["ray_ms"] = {name: with_ray[name] - here[name] for name in (*PHASES, "step")}

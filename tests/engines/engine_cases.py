@@ -2,18 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.objectives import ClippedPolicy, ClippedValue, Preference, RewardModel, Sft
+from rlhf.algorithms.preference import (
+    PreferenceLoss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
+from rlhf.engines.objectives import RewardModel, Sft
+from rlhf.engines.policy_objectives import ClippedPolicy, ClippedValue
+from rlhf.engines.preference_objectives import Kto, Preference
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import add_lora
 from rlhf.models.scalar import load_scalar
 from rlhf.recipe.base import Lora, Optimizer
-from rlhf.types import Experience, PreferenceBatch, Rows, TokenBatch
+from rlhf.types import Experience, LabelledBatch, PreferenceBatch, Rows, TokenBatch, ValueBatch
 
 OPTIMIZER = Optimizer(learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0.5)
 HEAD_RATE = 3e-3
@@ -46,25 +58,36 @@ def preference_batch() -> PreferenceBatch:
     )
 
 
+def labelled_batch() -> LabelledBatch:
+    """Kept below the reference by the reference point in some rows and above it in others."""
+    pairs = preference_batch()
+    desirable = torch.tensor([True, False, True, False, False])
+    return LabelledBatch(pairs.chosen, desirable, pairs.chosen_ref_logprobs, torch.full((5,), 3.0))
+
+
+def drawn(seed: int, mean: float, spread: float) -> Tensor:
+    """Normal values on the response tokens of `token_batch`, 0 elsewhere."""
+    mask = token_batch().response_mask
+    values = mean + spread * torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
+    return values.masked_fill(~mask, 0)
+
+
 def experience() -> Experience:
-    """Old log-probabilities and values lie around the fresh model's, so that some tokens are clipped and some not."""
+    """Old log-probabilities lie around the fresh model's, so that some tokens are clipped and some not."""
     batch = token_batch()
-    generator = torch.Generator().manual_seed(5)
-
-    def drawn(mean: float, spread: float) -> Tensor:
-        values = mean + spread * torch.randn(batch.tokens.shape, generator=generator)
-        return values.masked_fill(~batch.response_mask, 0)
-
     return Experience(
         batch=batch,
-        scores=torch.randn(len(batch), generator=generator),
-        kl=drawn(0, 0.1),
-        old_logprobs=drawn(-5.57, 0.2),
-        ref_logprobs=drawn(-5.57, 0.2),
-        values=drawn(0, 0.5),
-        returns=drawn(0, 1),
-        advantages=drawn(0, 1),
+        scores=torch.randn(len(batch), generator=torch.Generator().manual_seed(5)),
+        kl=drawn(6, 0, 0.1),
+        old_logprobs=drawn(7, -5.57, 0.2),
+        ref_logprobs=drawn(8, -5.57, 0.2),
+        advantages=drawn(9, 0, 1),
     )
+
+
+def value_batch() -> ValueBatch:
+    """Old values lie around the fresh model's, so that some are clipped and some not."""
+    return ValueBatch(token_batch(), values=drawn(10, 0, 0.5), returns=drawn(11, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -74,12 +97,29 @@ class Case:
     kind: Literal["causal", "scalar"]
 
 
+PAIR_LOSS_CASES: dict[str, tuple[Callable[..., PreferenceLoss], dict[str, float]]] = {
+    "dpo": (dpo_loss, {"beta": 0.1, "label_smoothing": 0.1}),
+    "dpo_nll": (dpo_loss, {"beta": 2.0, "length_normalised": True, "nll_coef": 0.5}),
+    "robust_dpo": (robust_dpo_loss, {"beta": 0.1, "label_noise": 0.2}),
+    "ipo": (ipo_loss, {"beta": 0.1}),
+    "hinge": (hinge_loss, {"beta": 0.05}),
+    "simpo": (simpo_loss, {"beta": 2.0, "gamma": 1.0}),
+    "orpo": (orpo_loss, {"beta": 0.5}),
+}
+
 CASES = {
     "sft": Case(Sft(), token_batch, "causal"),
     "reward": Case(RewardModel(), preference_batch, "scalar"),
-    "preference": Case(Preference(0.1, 0.1), preference_batch, "causal"),
-    "policy": Case(ClippedPolicy(0.2, 2.0, 0.9), experience, "causal"),
-    "value": Case(ClippedValue(0.02), experience, "scalar"),
+    **{
+        name: Case(Preference(partial(loss, **settings)), preference_batch, "causal")
+        for name, (loss, settings) in PAIR_LOSS_CASES.items()
+    },
+    "kto": Case(Kto(0.1, 1.0, 0.7), labelled_batch, "causal"),
+    "policy": Case(ClippedPolicy(0.2, 0.2, 2.0, 0.9, "token", 12, 0.0, "k1"), experience, "causal"),
+    "policy_token_k1": Case(ClippedPolicy(0.1, 0.3, 1.5, 1.0, "token", 12, 0.5, "k1"), experience, "causal"),
+    "policy_sequence_k3": Case(ClippedPolicy(0.2, 0.28, 2.0, 0.9, "sequence", 12, 0.5, "k3"), experience, "causal"),
+    "policy_constant_k2": Case(ClippedPolicy(0.2, 0.2, 2.0, 1.0, "constant", 12, 0.5, "k2"), experience, "causal"),
+    "value": Case(ClippedValue(0.02), value_batch, "scalar"),
 }
 
 

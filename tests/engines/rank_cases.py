@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf.engines.base import TrainEngine
 from rlhf.engines.scoring import score_rows, score_tokens, sequence_scores
 from rlhf.models.scalar import fold_standardisation
-from rlhf.types import Experience
+from rlhf.types import Experience, ValueBatch
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def drive(
     steps = [engine.step(batch, chosen.objective, 1.0)]
     score(module, case, max_tokens)
     steps.append(engine.step(batch.select([1]), chosen.objective, 0.5))
-    if isinstance(batch, Experience):
+    if isinstance(batch, Experience | ValueBatch):
         steps.append(engine.step(poisoned(batch), chosen.objective, 1.0))
         steps.append(engine.step(batch, chosen.objective, 1.0))
     if case.kind == "scalar":
@@ -79,11 +79,12 @@ def parameters(module: nn.Module, gathered: Callable[..., AbstractContextManager
         return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def poisoned(batch: Experience) -> Experience:
-    """One infinite advantage: it reaches one rank only, and both must skip the step."""
-    bad = replace(batch, advantages=batch.advantages.clone(), returns=batch.returns.clone())
-    bad.advantages[1, 8] = bad.returns[1, 8] = float("inf")
-    return bad
+def poisoned(batch: Experience | ValueBatch) -> Experience | ValueBatch:
+    """One infinite advantage or return: it reaches one rank only, and both must skip the step."""
+    column = "advantages" if isinstance(batch, Experience) else "returns"
+    bad = getattr(batch, column).clone()
+    bad[1, 8] = float("inf")
+    return replace(batch, **{column: bad})
 
 
 def score(module: nn.Module, case: RankCase, max_tokens: int) -> Tensor:

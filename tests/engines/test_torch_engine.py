@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import CASES, HEAD_RATE, OPTIMIZER, build_model, experience, largest_change, token_batch, trained
+from rank_cases import poisoned
 from torch import Tensor, nn
 
 from rlhf.engines.microbatch import token_budget
-from rlhf.engines.objectives import ClippedPolicy, Sft
+from rlhf.engines.objectives import Sft
 from rlhf.engines.scoring import score_tokens
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.recipe.base import Optimizer
@@ -101,7 +102,7 @@ def test_first_ppo_step_follows_advantage_times_logprob(tiny_folder: Path) -> No
     before = trained(model)
 
     settings = Optimizer(learning_rate=1e-3, max_grad_norm=1e6)
-    metrics = TorchEngine(model, settings, None, 24).step(batch, ClippedPolicy(0.2, 2.0, 0.9), 1.0)
+    metrics = TorchEngine(model, settings, None, 24).step(batch, CASES["policy"].objective, 1.0)
 
     assert metrics["grad_norm"] == pytest.approx(nn.utils.get_total_norm(gradients).item(), rel=1e-5)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
@@ -117,11 +118,10 @@ def test_first_ppo_step_follows_advantage_times_logprob(tiny_folder: Path) -> No
         torch.testing.assert_close(moved, -1e-3 * gradient[large].sign(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["policy", "value"])
+@pytest.mark.parametrize("name", ["policy", "policy_sequence_k3", "policy_constant_k2", "value"])
 def test_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_folder: Path, name: str) -> None:
-    objective, batch = CASES[name].objective, experience()
-    bad = replace(batch, advantages=batch.advantages.clone(), returns=batch.returns.clone())
-    bad.advantages[1, 8] = bad.returns[1, 8] = float("inf")
+    objective, batch = CASES[name].objective, CASES[name].batch()
+    bad = poisoned(batch)
     model = build_model(tiny_folder, CASES[name].kind, lora=False)
     engine = TorchEngine(model, OPTIMIZER, HEAD_RATE, 24)
     before = trained(model)

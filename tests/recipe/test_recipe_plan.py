@@ -52,6 +52,19 @@ def test_all_pairs_of_a_file_and_of_a_stage(folder, text):
     assert (found["dpo"]["rows"], found["dpo"]["optimizer_steps"]) == (10, 2)
 
 
+def test_kto_counts_both_sides_of_pairs_and_single_responses_once(folder, text):
+    kto = text.replace("kind: dpo", "kind: kto\n    batch_size: 4\n    max_length: 3000")
+    assert schedules(folder.load(kto))["dpo"]["optimizer_steps_at_most"] == 5
+    data = "data: {stage: pairs}\n  - name: duel"
+    for format, steps in (("preference", 5), ("kto", 3)):
+        named = kto.replace(data, f"data: {{path: data/prompts.jsonl, format: {format}}}\n  - name: duel")
+        found = schedules(folder.load(named))["dpo"]
+        assert (found["rows"], found["optimizer_steps"]) == (10, steps)
+    loaded = folder.load(kto.replace(data, "data: {path: data/prompts.jsonl}\n  - name: duel"))
+    assert "optimizer_steps" not in schedules(loaded)["dpo"]
+    assert microbatch_tokens(loaded.recipe.stages[4]) == 4096
+
+
 def test_what_cannot_be_counted_is_left_out(folder, text):
     folder.write("data/sft.csv", "a\n1\n")
     text = text.replace("data/sft.jsonl", "data/sft.csv").replace("path: data/prompts.jsonl", "hub: org/prompts")

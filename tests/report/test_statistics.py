@@ -1,15 +1,16 @@
-"""Win rates by hand, intervals that cover, pairing that pays, prompts as clusters."""
+"""What is compared with what: every method, every pair, runs together, and what is refused."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
+from made import comparison, samples, spent
 
 from rlhf.errors import TrainingError
+from rlhf.recipe.base import Budget
 from rlhf.report.results import CandidateSamples, Interval, Sample
-from rlhf.report.statistics import by_prompt, compare, mean_interval, paired_difference, win_rate
+from rlhf.report.statistics import compare
 
 
 def ids(prompts, each=1):
@@ -18,120 +19,8 @@ def ids(prompts, each=1):
 
 def candidate(name, golds, prompt_ids, kind="sft", **other):
     sample = {"prompt": "q", "response": "r", "reward": 0.0, "kl": 0.0, "tokens": 5, "finish_reason": "stop"} | other
-    samples = tuple(Sample(prompt_id=i, gold=float(gold), **sample) for i, gold in zip(prompt_ids, golds, strict=True))
-    return CandidateSamples(name, kind, samples)
-
-
-def test_by_prompt_averages_in_order_of_first_appearance():
-    assert by_prompt([1, 10, 3, 20], ["b", "a", "b", "a"]).tolist() == [2.0, 15.0]
-
-
-def test_by_prompt_refuses_values_of_another_length():
-    with pytest.raises(ValueError, match="3 prompt ids"):
-        by_prompt([1.0], ["a", "b", "c"])
-
-
-def test_win_rate_by_hand_with_ties():
-    # win, loss, tie, tie within the margin -> (1 + 0 + .5 + .5) / 4
-    found = win_rate([2, 0, 1, 1], [1, 1, 1, 1 + 5e-7], ids(4), seed=0, resamples=200)
-    assert found.value == 0.5
-    assert found.n == 4
-    assert 0 <= found.ci.low < 0.5 < found.ci.high <= 1
-    assert win_rate([1.0, 0.0, 1.0, 1.0], [1, 1, 1, 1.2], ids(4), seed=0, resamples=200, tie_margin=0.5).value == 0.375
-
-
-def test_win_rate_weighs_prompts_not_samples():
-    # p0: three wins of three; p1: one loss of one. By prompt (1 + 0) / 2, by sample it would be 3/4.
-    assert win_rate([1, 1, 1, 0], [0, 0, 0, 1], ["p0", "p0", "p0", "p1"], seed=0, resamples=100).value == 0.5
-
-
-def test_win_rate_of_the_baseline_against_itself_is_one_half_without_doubt():
-    golds = np.random.default_rng(0).normal(size=30)
-    found = win_rate(golds, golds, ids(30), seed=0, resamples=100)
-    assert (found.value, found.ci) == (0.5, Interval(0.5, 0.5))
-
-
-@pytest.mark.parametrize("n", [1, 7, 40])
-def test_winning_everything_keeps_the_exact_binomial_limit(n):
-    won = win_rate(np.ones(n), np.zeros(n), ids(n), seed=0, resamples=100)
-    exact = stats.binomtest(n, n).proportion_ci(0.95, method="exact")
-    assert (won.value, won.ci.high) == (1.0, 1.0)
-    assert won.ci.low == pytest.approx(exact.low)
-    lost = win_rate(np.zeros(n), np.ones(n), ids(n), seed=0, resamples=100)
-    assert (lost.value, lost.ci.low) == (0.0, 0.0)
-    assert lost.ci.high == pytest.approx(1 - exact.low)
-
-
-def test_interval_agrees_with_student_on_normal_data():
-    data = np.random.default_rng(3).normal(5, 2, size=400)
-    found = mean_interval(data, seed=1, resamples=4000)
-    half = stats.t.ppf(0.975, 399) * data.std(ddof=1) / 20
-    assert found.low == pytest.approx(data.mean() - half, abs=0.05 * half)
-    assert found.high == pytest.approx(data.mean() + half, abs=0.05 * half)
-
-
-def test_a_higher_level_gives_a_wider_interval():
-    data = np.random.default_rng(3).normal(size=50)
-    narrow, wide = (mean_interval(data, 1, 1000, level) for level in (0.5, 0.99))
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-def test_same_seed_same_interval_other_seed_another():
-    data = np.random.default_rng(3).normal(size=50)
-    assert mean_interval(data, 1, 500) == mean_interval(data, 1, 500)
-    assert mean_interval(data, 1, 500) != mean_interval(data, 2, 500)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e9])
-def test_equal_values_give_an_interval_of_no_width(value):
-    found = mean_interval([value] * 9, seed=0, resamples=100)
-    assert found.low == found.high == pytest.approx(value)
-
-
-def test_one_value_says_nothing_of_the_spread():
-    assert mean_interval([3.0], seed=0, resamples=100) == Interval(-math.inf, math.inf)
-
-
-@pytest.mark.parametrize("data", [[0, 1], [0, 0, 0, 0, 1], [1] * 99 + [0], [0, 1e-9], [1e6, -1e6]])
-def test_awkward_values_still_give_a_finite_interval_around_the_mean(data):
-    found = mean_interval(data, seed=0, resamples=300)
-    assert math.isfinite(found.low)
-    assert math.isfinite(found.high)
-    assert found.low <= np.mean(data) <= found.high
-
-
-def test_paired_intervals_cover_the_truth():
-    # Skewed differences of mean 0.3 on prompts of very different difficulty, two samples a prompt.
-    rng, hits, prompts = np.random.default_rng(11), 0, 40
-    names = ids(prompts, each=2)
-    for trial in range(200):
-        difficulty = np.repeat(rng.normal(0, 3, prompts), 2)
-        gain = np.repeat(rng.exponential(0.3, prompts), 2) + rng.normal(0, 0.2, 2 * prompts)
-        base = difficulty + rng.normal(0, 0.2, 2 * prompts)
-        found = paired_difference(difficulty + gain, base, names, seed=trial, resamples=400)
-        hits += found.ci.low <= 0.3 <= found.ci.high
-    assert 0.89 <= hits / 200 <= 0.99
-
-
-def test_pairing_narrows_the_interval_on_correlated_data():
-    rng = np.random.default_rng(5)
-    difficulty = rng.normal(0, 2, 60)
-    a, b = difficulty + 0.4 + rng.normal(0, 0.2, 60), difficulty + rng.normal(0, 0.2, 60)
-    paired = paired_difference(a, b, ids(60), seed=0, resamples=1000)
-    unpaired = stats.bootstrap((a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), n_resamples=1000, rng=0)
-    width = unpaired.confidence_interval.high - unpaired.confidence_interval.low
-    assert paired.ci.high - paired.ci.low < 0.25 * width
-    assert paired.value == pytest.approx((a - b).mean())
-
-
-def test_repeating_samples_of_a_prompt_adds_no_certainty():
-    rng = np.random.default_rng(6)
-    a, b = rng.normal(0.2, 1, 30), rng.normal(0, 1, 30)
-    once = paired_difference(a, b, ids(30), seed=4, resamples=500)
-    again = paired_difference(np.repeat(a, 8), np.repeat(b, 8), ids(30, each=8), seed=4, resamples=500)
-    assert again.n == once.n == 30
-    assert again.ci.low == pytest.approx(once.ci.low)
-    assert again.ci.high == pytest.approx(once.ci.high)
+    rows = tuple(Sample(prompt_id=i, gold=float(gold), **sample) for i, gold in zip(prompt_ids, golds, strict=True))
+    return CandidateSamples(name, kind, rows)
 
 
 def test_compare_measures_every_candidate_and_every_pair():
@@ -142,11 +31,12 @@ def test_compare_measures_every_candidate_and_every_pair():
     dpo = candidate("dpo", base - 1, names, "dpo")
     found = compare([sft, replace(ppo, samples=(cut, *ppo.samples[1:])), dpo], "sft", seed=1, resamples=200)
     assert [(item.name, item.kind) for item in found.candidates] == [("sft", "sft"), ("ppo", "ppo"), ("dpo", "dpo")]
-    assert (found.prompts, found.samples) == (12, 24)
+    assert (found.prompts, found.samples, found.runs) == (12, 24, 1)
     ppo_result = found.candidate("ppo")
     assert (ppo_result.gold, ppo_result.reward, ppo_result.kl, ppo_result.length) == (12.5, 2.0, 3.0, 9.0)
     assert (ppo_result.win_rate, found.candidate("dpo").win_rate, found.candidate("sft").win_rate) == (1.0, 0.0, 0.5)
     assert (ppo_result.truncated, ppo_result.distinct) == (1 / 24, 2 / 24)
+    assert found.candidate("sft").win_rate_ci == Interval(0.5, 0.5)
     pairs = [(item.candidate, item.baseline) for item in found.differences if item.metric == "gold"]
     assert pairs == [("ppo", "sft"), ("dpo", "sft"), ("dpo", "ppo")]
     # Every prompt differs by exactly 1, so paired there is no doubt, however much prompts differ.
@@ -154,6 +44,67 @@ def test_compare_measures_every_candidate_and_every_pair():
     assert (gap.difference, gap.ci) == (1.0, Interval(1.0, 1.0))
     assert found.difference("ppo", "dpo", "gold").difference == 2.0
     assert found.difference("dpo", "ppo", "gold").ci == Interval(-2.0, -2.0)
+
+
+def test_runs_of_a_method_make_one_row_with_the_mean_of_their_means():
+    runs = [samples(f"ppo@{seed}", gold=gold, kl=seed) for seed, gold in ((1, 0.2), (2, 0.4), (3, 0.9))]
+    found = comparison(samples("sft"), *runs, samples("dpo", gold=0.5))
+    ppo = found.candidate("ppo")
+    assert [item.name for item in found.candidates] == ["sft", "ppo", "dpo"]
+    assert ([run.name for run in ppo.runs], ppo.kind) == (["ppo@1", "ppo@2", "ppo@3"], "ppo")
+    assert ppo.gold == pytest.approx(np.mean([run.gold for run in ppo.runs]))
+    assert [run.kl for run in ppo.runs] == pytest.approx([1, 2, 3])
+    gap = found.difference("ppo", "sft", "gold")
+    assert gap.difference == pytest.approx(0.5)
+    # Run means 0.2, 0.4, 0.9 have a standard error of 0.21, times t(2) = 4.3; prompts bring little.
+    assert gap.ci.high - gap.difference == pytest.approx(0.9, abs=0.05)
+    assert not gap.clear
+    assert found.difference("dpo", "sft", "gold").clear
+    assert [point.run for point in found.frontier] == ["sft", "ppo@1", "ppo@2", "ppo@3", "dpo"]
+
+
+def test_the_baseline_may_have_runs_too():
+    found = comparison(samples("sft@1"), samples("sft@2", gold=0.1), samples("ppo", gold=1.0))
+    assert found.baseline == "sft"
+    assert found.candidate("sft").win_rate == 0.5
+    assert found.candidate("ppo").win_rate == 1
+    assert found.difference("ppo", "sft", "gold").difference == pytest.approx(0.95)
+
+
+def test_without_a_proxy_its_column_is_not_there():
+    found = comparison(samples("sft", reward=None), samples("ppo", gold=1.0, reward=None))
+    assert found.metrics == ["gold", "kl", "length"]
+    assert {item.metric for item in found.differences} == {"gold", "kl", "length"}
+    assert [(item.reward, item.reward_ci) for item in found.candidates] == [(None, None)] * 2
+    with pytest.raises(TrainingError, match="some have none"):
+        comparison(samples("sft"), samples("ppo", reward=None))
+
+
+def test_clear_needs_the_corrected_p_value():
+    # Twenty methods without a difference: some pair looks clear by its interval alone, none after the correction.
+    rng = np.random.default_rng(1)
+    plain = [candidate(f"m{place}", rng.normal(size=40), ids(40)) for place in range(12)]
+    found = compare(plain, "m0", seed=1, resamples=400)
+    golds = [item for item in found.differences if item.metric == "gold"]
+    alone = [item for item in golds if item.ci.above_zero or item.ci.below_zero]
+    assert len(golds) == 66
+    assert alone
+    assert all(item.p_corrected >= item.p_value for item in golds)
+    assert not any(item.clear for item in golds)
+    assert alone[0].reversed().clear == alone[0].clear
+
+
+def test_costs_are_means_of_the_runs_and_shares_of_the_nearest_limit():
+    one, two = spent(samples("ppo@1"), 100, 40, 10.0, 0.6), spent(samples("ppo@2"), 300, 40, 30.0, 0.8)
+    budget = Budget(gradient_tokens=1000, accelerator_seconds=50.0)
+    found = comparison(samples("sft"), one, two, budget=budget, reward_accuracy=0.9)
+    cost = found.candidate("ppo").cost
+    assert (cost.gradient_tokens, cost.generated_tokens, cost.seconds, cost.accelerator_seconds) == (200, 40, 20, 40)
+    assert cost.share(budget) == 0.8
+    assert cost.share(Budget()) == 0
+    assert found.candidate("ppo").preference_accuracy == pytest.approx(0.7)
+    assert (found.candidate("sft").cost, found.candidate("sft").preference_accuracy) == (None, None)
+    assert (found.budget, found.reward_accuracy) == (budget, 0.9)
 
 
 def test_compare_does_not_depend_on_the_order_of_candidates():

@@ -1,0 +1,71 @@
+"""`rlhf compare`: finished runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from rlhf.errors import DataError
+from rlhf.report.curves import Curve, read_curves
+from rlhf.report.evaluation import merge, read_evaluation
+from rlhf.report.html import write_html
+from rlhf.report.json import write_json
+from rlhf.report.results import Comparison
+
+
+def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
+    """Write the report of several run folders (HTML, and JSON beside it) and return the comparison.
+
+    With one folder this is its own report again. Candidates and curves of several are named `run/stage`.
+    Raises DataError when a folder has no finished comparison or the runs were not compared on an equal footing.
+    """
+    runs = _named(folders)
+    evaluations = {name: read_evaluation(folder) for name, folder in runs.items()}
+    first = next(iter(runs))
+    evaluation = merge(evaluations) if len(runs) > 1 else evaluations[first]
+    comparison = evaluation.compare()
+    write_json(output.with_suffix(".json"), comparison)
+    write_html(
+        output,
+        comparison,
+        _curves(runs),
+        evaluation.candidates,
+        evaluation.facts,
+        recipes={name: _recipe(folder) for name, folder in runs.items()} if len(runs) > 1 else None,
+        environment=_environment(runs[first]),
+    )
+    return comparison
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return the folders by name; those that are called alike get numbers."""
+    runs: dict[str, Path] = {}
+    for folder in folders:
+        name, count = folder.absolute().name, 2
+        while name in runs:
+            name, count = f"{folder.absolute().name}-{count}", count + 1
+        runs[name] = folder
+    return runs
+
+
+def _curves(runs: Mapping[str, Path]) -> dict[str, Curve]:
+    if len(runs) == 1:
+        return read_curves(next(iter(runs.values())))
+    return {f"{name}/{stage}": curve for name, folder in runs.items() for stage, curve in read_curves(folder).items()}
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.resolved.yaml"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; is {folder} a run folder?")
+    recipe: dict[str, Any] = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    return recipe
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    return {"python": found["python"], "platform": found["platform"], **found["packages"]}

@@ -1,0 +1,120 @@
+"""KTO: single responses, desirable or not, against a reference point that every batch estimates anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from rlhf.data.collate import collate, collate_labelled
+from rlhf.data.sequences import LabelledSequence, TokenSequence, answered
+from rlhf.engines.preference_objectives import Kto
+from rlhf.errors import DataError
+from rlhf.recipe.preference_schema import KtoStage
+from rlhf.roles import Reference
+from rlhf.stages.context import StageContext
+from rlhf.stages.epochs import train_epochs
+from rlhf.stages.pairs import load_examples
+from rlhf.stages.preference import response_sums
+from rlhf.stages.sft import Summary
+from rlhf.types import LabelledBatch
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled response, its mismatch, and the sums of the reference's logprobs over the response in both."""
+
+    labelled: LabelledSequence
+    mismatched: TokenSequence
+    ref_logprob: float
+    mismatched_ref_logprob: float
+
+
+def run(stage: KtoStage, context: StageContext) -> Summary:
+    """Train on the responses and save the merged policy; `heldout_*` are measured against their own reference point.
+
+    The policy before its first step is the reference, so its logprobs are computed once, up front. What the methods on
+    pairs call accuracy is `heldout_pair_accuracy`, where the held-out responses come in pairs.
+    """
+    tokenizer = context.tokenizer(stage.policy)
+    split = load_examples(stage, context, tokenizer)
+    policy = context.launcher.policy(context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora))
+    prompts = [_split(row.sequence)[0] for row in split.train]
+    train, heldout = (
+        _referenced(policy, rows, mismatches(rows, prompts, stage.max_length), tokenizer.pad_id)
+        for rows in (split.train, split.heldout)
+    )
+    batch = partial(labelled_batch, policy, pad_id=tokenizer.pad_id)
+    objective = Kto(stage.beta, stage.desirable_weight, stage.undesirable_weight)
+    train_epochs(policy, train, batch, objective, stage, context)
+    summary: Summary = {"rows": len(train), "desirable": sum(row.labelled.desirable for row in train) / len(train)}
+    if heldout:
+        measured = policy.evaluate(batch(heldout), objective).result()
+        summary |= {"heldout_rows": len(heldout), **{f"heldout_{name}": measured[name] for name in measured}}
+        if split.paired:
+            summary["heldout_pair_accuracy"] = _pair_accuracy(policy, heldout, tokenizer.pad_id)
+    policy.save(context.folder / "model").result()
+    return summary
+
+
+def mismatches(
+    rows: Sequence[LabelledSequence], prompts: Sequence[tuple[int, ...]], max_length: int
+) -> list[TokenSequence]:
+    """Return the response of each row i after prompt i + 1, or the next one (in a circle) that is not the row's own.
+
+    A prompt loses its beginning where the sequence would be longer than `max_length` and the longest row. Raises
+    DataError when there is no other prompt.
+    """
+    longest = max([max_length, *(len(row.sequence.tokens) for row in rows)])
+    found = []
+    for index, row in enumerate(rows):
+        own, response = _split(row.sequence)
+        circle = (prompts[(index + step) % len(prompts)] for step in range(1, len(prompts) + 1))
+        other = next((prompt for prompt in circle if prompt != own), None)
+        if other is None:
+            raise DataError("all rows have the same prompt; KTO's reference point takes responses to other prompts")
+        found.append(answered(other[-(longest - len(response)) :], response))
+    return found
+
+
+def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> LabelledBatch:
+    """Return the rows as a batch, with the reference point that belongs to the policy as it is now.
+
+    z0 = max(0, mean over the rows of log p - log ref of their mismatches), an estimate of KL(p || ref) that stays
+    the same however the batch is cut (Ethayarajh et al. 2024, section 4.1).
+    """
+    batch = collate_labelled([row.labelled for row in rows], pad_id)
+    sums = response_sums(policy, collate([row.mismatched for row in rows], pad_id))
+    kl = float((sums - torch.tensor([row.mismatched_ref_logprob for row in rows])).mean())
+    return replace(
+        batch,
+        ref_logprobs=torch.tensor([row.ref_logprob for row in rows]),
+        kl=torch.full((len(rows),), max(0.0, kl)),
+    )
+
+
+def _referenced(
+    reference: Reference, rows: Sequence[LabelledSequence], others: Sequence[TokenSequence], pad_id: int
+) -> list[Example]:
+    if not rows:
+        return []
+    own, mixed = (
+        response_sums(reference, collate(sequences, pad_id)).tolist()
+        for sequences in ([row.sequence for row in rows], others)
+    )
+    return [Example(*parts) for parts in zip(rows, others, own, mixed, strict=True)]
+
+
+def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
+    """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio."""
+    own = response_sums(policy, collate([row.labelled.sequence for row in rows], pad_id))
+    ratios = own - torch.tensor([row.ref_logprob for row in rows])
+    return float((ratios[::2] > ratios[1::2]).float().mean())
+
+
+def _split(sequence: TokenSequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the prompt and the response."""
+    start = sequence.response_mask.index(True)
+    return sequence.tokens[:start], sequence.tokens[start:]

@@ -1,0 +1,114 @@
+"""The methods that weigh each sampled token by its advantage: PPO, GRPO, Dr. GRPO, RLOO and REINFORCE++."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf.algorithms.advantages import group_centred, group_normalised, leave_one_out
+from rlhf.algorithms.kl import kl_estimate
+from rlhf.algorithms.kl_controller import kl_controller
+from rlhf.algorithms.masked import masked_mean
+from rlhf.data.sampler import batches
+from rlhf.engines.policy_objectives import ClippedPolicy
+from rlhf.engines.schedule import lr_scale
+from rlhf.recipe.base import ModelJudge
+from rlhf.recipe.online_schema import (
+    DrGrpoStage,
+    GrpoStage,
+    PolicyGradientStage,
+    PpoStage,
+    ReinforceStage,
+    RlooStage,
+)
+from rlhf.roles import Pending, Policy
+from rlhf.stages.context import StageContext
+from rlhf.stages.estimators import AgainstBatch, AgainstGroup, Estimator, WithCritic
+from rlhf.stages.experience import Scored
+from rlhf.types import Experience, Metrics, TokenBatch
+
+
+class PolicyGradient:
+    """Estimates advantages and takes clipped steps along them; a critic trains at the same time as the policy."""
+
+    def __init__(self, stage: PolicyGradientStage, context: StageContext, policy: Policy, estimator: Estimator) -> None:
+        self.stage = stage
+        self.context = context
+        self.policy = policy
+        self.estimator = estimator
+        self.kl = kl_controller(stage.kl_coef, stage.target_kl, stage.kl_horizon)
+        self.compares_samples = not isinstance(estimator, WithCritic) and (
+            not isinstance(stage, ReinforceStage) or stage.baseline == "group"
+        )
+
+    def values(self, batch: TokenBatch) -> Pending[Tensor]:
+        """Ask the estimator's critic, if it has one."""
+        return self.estimator.values(batch)
+
+    def learn(self, scored: Scored, step: int, total: int) -> Metrics:
+        """Train on the scored rollouts, policy and critic on the same minibatches."""
+        stage, mask = self.stage, scored.batch.response_mask
+        kl = kl_estimate(scored.old.logprobs, scored.ref_logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
+        estimate = self.estimator.estimate(scored, kl, self.kl.coef if stage.kl_in == "reward" else 0.0)
+        experience = Experience(
+            batch=scored.batch,
+            scores=scored.scores,
+            kl=kl,
+            old_logprobs=scored.old.logprobs,
+            ref_logprobs=scored.ref_logprobs,
+            advantages=estimate.advantages,
+        )
+        seed = self.context.seed("minibatches", step)
+        minibatches = list(batches(len(experience), stage.minibatch_size, stage.epochs, seed))
+        scale = lr_scale(stage.optimizer, step, total)
+        updates = [
+            self.policy.train(experience, objective(stage, self.kl.coef), minibatches, scale),
+            *estimate.update(minibatches, step, total),
+        ]
+        metrics = estimate.metrics.merge(Metrics.of(1, kl_penalty=self.kl.coef * masked_mean(kl, mask)))
+        metrics = metrics.merge(_merged([update.result() for update in updates]))
+        self.context.tracker.spend(gradient_tokens=len(updates) * stage.epochs * experience.token_count())
+        if stage.target_kl:
+            metrics = metrics.merge(Metrics.of(1, kl_coef=self.kl.coef))
+            self.kl = self.kl.update(float(scored.kl()) / len(experience), len(experience))
+        return metrics
+
+
+def objective(stage: PolicyGradientStage, kl_coef: float) -> ClippedPolicy:
+    """Return the policy's loss as the stage sets it; `kl_coef` is 0 in it where the KL is part of the reward."""
+    return ClippedPolicy(
+        clip_range=stage.clip_range,
+        clip_range_high=stage.clip_range_high or stage.clip_range,
+        importance_cap=stage.importance_cap,
+        temperature=stage.temperature,
+        aggregation=stage.aggregation,
+        max_response_tokens=stage.max_response_tokens,
+        kl_coef=kl_coef if stage.kl_in == "loss" else 0.0,
+        kl_estimator=stage.kl_estimator,
+    )
+
+
+def start_estimator(stage: PolicyGradientStage, context: StageContext) -> Estimator:
+    """Return the stage's estimator; PPO's critic begins as the reward model, or as the policy when there is none."""
+    match stage:
+        case PpoStage():
+            start = stage.reward.stage if isinstance(stage.reward, ModelJudge) else stage.policy
+            spec = context.trained("critic", "scalar", start, stage.critic_optimizer, stage.critic_lora)
+            return WithCritic(context.launcher.critic(spec), stage)
+        case GrpoStage():
+            return AgainstGroup(group_normalised)
+        case DrGrpoStage():
+            return AgainstGroup(group_centred)
+        case RlooStage():
+            return AgainstGroup(leave_one_out)
+        case ReinforceStage():
+            return AgainstBatch(stage.gamma, stage.baseline)
+    raise TypeError(stage.name)
+
+
+def _merged(trained: list[Metrics]) -> Metrics:
+    """Return the policy's metrics and the critic's, whose names that the policy has too begin with `critic_`."""
+    policy, *critics = trained
+    for critic in critics:
+        names = {name: f"critic_{name}" if name in policy else name for name in critic}
+        policy = policy.merge(Metrics({names[name]: sums for name, sums in critic.sums.items()}))
+    return policy

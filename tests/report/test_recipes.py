@@ -1,0 +1,36 @@
+"""What two recipes do differently, and what does not count."""
+
+from rlhf.report.recipes import RecipeDifference, recipe_differences
+
+
+def recipe(**changes):
+    ppo = {"name": "ppo", "kind": "ppo", "kl_coef": 0.02, "optimizer": {"learning_rate": 1e-5}, "save_every": None}
+    return {"name": "one", "seed": 17, "lora": {"r": 16}, "roles": {"policy": {"gpus": 0}}, "stages": [ppo]} | changes
+
+
+def test_the_same_recipe_elsewhere_differs_in_nothing():
+    other = recipe(name="two", output_dir="x", backend="local", roles={"policy": {"gpus": 1}}, tracking={"wandb": 1})
+    other["stages"] = [other["stages"][0] | {"max_tokens_per_microbatch": 1, "save_every": 5}]
+    assert recipe_differences([recipe(), other]) == []
+    assert recipe_differences([recipe()]) == []
+    assert recipe_differences([]) == []
+
+
+def test_changed_keys_are_named_with_their_values_in_order():
+    stage = {"name": "ppo", "kind": "ppo", "kl_coef": 0.1, "optimizer": {"learning_rate": 1e-4}, "clip_range": 0.2}
+    found = recipe_differences([recipe(), recipe(lora="full", stages=[stage]), recipe()])
+    assert found == [
+        RecipeDifference("lora.r", ("16", "-", "16")),
+        RecipeDifference("stages.ppo.kl_coef", ("0.02", "0.1", "0.02")),
+        RecipeDifference("stages.ppo.optimizer.learning_rate", ("1e-05", "0.0001", "1e-05")),
+        RecipeDifference("lora", ("-", "full", "-")),
+        RecipeDifference("stages.ppo.clip_range", ("-", "0.2", "-")),
+    ]
+
+
+def test_a_stage_that_one_does_not_have_is_one_row():
+    dpo = {"name": "dpo", "kind": "dpo", "beta": 0.1, "data": {"stage": "pairs"}}
+    found = recipe_differences([recipe(), recipe(stages=[*recipe()["stages"], dpo])])
+    assert found == [RecipeDifference("stages.dpo", ("-", "dpo"))]
+    other_kind = recipe(stages=[recipe()["stages"][0] | {"kind": "grpo"}])
+    assert recipe_differences([recipe(), other_kind]) == [RecipeDifference("stages.ppo", ("ppo", "grpo"))]

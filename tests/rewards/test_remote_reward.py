@@ -1,0 +1,226 @@
+"""A reward service over HTTP, and every way in which it can fail; the server is real."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+import torch
+from local_server import Answer, LocalServer
+
+from rlhf.errors import DataError, RecipeError, TrainingError
+from rlhf.recipe.base import HttpJudge
+from rlhf.recipe.load import load_recipe
+from rlhf.rewards.remote import HttpReward
+from rlhf.types import Prompt, Rollout
+
+SECRET = "s3cret-token"
+
+
+def rollout(index: int, metadata: dict | None = None) -> Rollout:
+    prompt = Prompt(f"id-{index}", (1,), f"prompt {index}", {"n": index} if metadata is None else metadata)
+    return Rollout(prompt, (1,), (0.0,), f"response {index}", "stop", 0, 0)
+
+
+def length_scores(_: int, body: Any) -> Answer:
+    """A good service: the score of an item is its `n`, halved."""
+    return Answer({"scores": [item["metadata"]["n"] / 2 for item in body["items"]]})
+
+
+def after(failures: list[Answer]) -> Callable[[int, Any], Answer]:
+    """Fail so often, then serve well."""
+    return lambda number, body: failures[number] if number < len(failures) else length_scores(number, body)
+
+
+def reward(url: str, **settings: Any) -> HttpReward:
+    return HttpReward(HttpJudge(kind="http", url=url, **settings))
+
+
+def failure(source: HttpReward, count: int = 1) -> str:
+    with pytest.raises(TrainingError) as error:
+        source.score([rollout(n) for n in range(count)]).result()
+    return str(error.value)
+
+
+def test_every_response_is_scored_once_and_in_order():
+    with LocalServer(length_scores) as server:
+        scores = reward(f"{server.url}/score", batch_size=3).score([rollout(n) for n in range(8)]).result()
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [n / 2 for n in range(8)]
+    sent = [item for asked in server.asked for item in asked.body["items"]]
+    assert sent == [{"prompt": f"prompt {n}", "response": f"response {n}", "metadata": {"n": n}} for n in range(8)]
+    assert [len(asked.body["items"]) for asked in server.asked] == [3, 3, 2]
+    assert {asked.path for asked in server.asked} == {"/score"}
+    assert all(set(asked.body) == {"items"} for asked in server.asked)
+
+
+def test_the_caller_does_not_wait_until_it_asks_for_the_result():
+    with LocalServer(lambda number, body: Answer(length_scores(number, body).body, delay=0.5)) as server:
+        start = time.monotonic()
+        pending = reward(server.url).score([rollout(4)])
+        assert time.monotonic() - start < 0.25
+        assert pending.result().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_a_passing_failure_is_tried_again(status):
+    with LocalServer(after([Answer({"error": "busy"}, status), Answer(b"", status)])) as server:
+        assert reward(server.url).score([rollout(0), rollout(1)]).result().tolist() == [0.0, 0.5]
+    assert len(server.asked) == 3
+    assert server.asked[0].body == server.asked[1].body == server.asked[2].body
+
+
+def test_a_batch_that_succeeded_is_not_sent_again_when_a_later_one_fails_at_first():
+    with LocalServer(lambda n, body: Answer({}, 500) if n == 1 else length_scores(n, body)) as server:
+        scores = reward(server.url, batch_size=1).score([rollout(n) for n in range(3)]).result()
+    assert scores.tolist() == [0.0, 0.5, 1.0]
+    assert [asked.body["items"][0]["metadata"]["n"] for asked in server.asked] == [0, 1, 1, 2]
+
+
+def test_retry_after_in_seconds_is_honoured():
+    with LocalServer(after([Answer({}, 429, {"Retry-After": "1"})])) as server:
+        reward(server.url).score([rollout(0)]).result()
+    assert server.asked[1].time - server.asked[0].time >= 1.0
+
+
+def test_retry_after_as_a_date_is_honoured():
+    when = format_datetime(datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3), usegmt=True)
+    with LocalServer(after([Answer({}, 503, {"Retry-After": when})])) as server:
+        reward(server.url).score([rollout(0)]).result()
+    assert server.asked[1].time - server.asked[0].time >= 1.5
+
+
+def test_a_pause_that_the_deadline_does_not_allow_is_not_begun():
+    with LocalServer(after([Answer({}, 429, {"Retry-After": "3600"})])) as server:
+        start = time.monotonic()
+        message = failure(reward(server.url, deadline_s=5.0))
+    assert time.monotonic() - start < 2
+    assert message == f"{server.url}: status 429: {{}} (after 1 attempt, first prompt id id-0)"
+
+
+def test_an_answer_that_hangs_is_given_up_and_asked_for_again():
+    with LocalServer(after([Answer({}, delay=3.0)])) as server:
+        assert reward(server.url, timeout_s=0.2).score([rollout(6)]).result().tolist() == [3.0]
+    assert len(server.asked) == 2
+
+
+def test_the_deadline_ends_all_attempts():
+    with LocalServer(lambda number, body: Answer({}, delay=3.0)) as server:
+        start = time.monotonic()
+        message = failure(reward(server.url, timeout_s=0.3, deadline_s=1.0))
+        assert time.monotonic() - start < 1.5
+    assert message.startswith(f"{server.url}: no answer within 0")
+    assert f"after {len(server.asked)} attempt" in message
+
+
+def test_a_service_that_stays_down_is_named_with_status_attempts_and_prompt():
+    with LocalServer(lambda number, body: Answer(b"out of\n memory", 500)) as server:
+        message = failure(reward(f"{server.url}/v1", deadline_s=1.0, batch_size=2), count=3)
+    count = len(server.asked)
+    assert count > 1
+    assert message == f"{server.url}/v1: status 500: out of memory (after {count} attempts, first prompt id id-0)"
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 302])
+def test_what_another_attempt_cannot_mend_fails_at_once(status):
+    with LocalServer(lambda number, body: Answer({"detail": "no"}, status)) as server:
+        message = failure(reward(server.url))
+    assert len(server.asked) == 1
+    assert message == f'{server.url}: status {status}: {{"detail": "no"}} (after 1 attempt, first prompt id id-0)'
+
+
+def test_connection_refused():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    message = failure(reward(url, deadline_s=1.0))
+    assert message.startswith(f"{url}: ConnectError: ")
+    assert "first prompt id id-0" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"scores": [1.0]}, "but 1 scores for 2 items"),
+        ({"scores": [1.0, 2.0, 3.0]}, "but 3 scores for 2 items"),
+        ({"scores": []}, "but 0 scores for 2 items"),
+        (b'{"scores": [1.0, NaN]}', "but in the answer scores.1: Input should be a finite number"),
+        (b'{"scores": [Infinity, 1]}', "but in the answer scores.0: Input should be a finite number"),
+        ({"scores": [0.5, 1e300]}, "but in the answer scores.1: Input should be less than or equal to 340282"),
+        ({"scores": [0.5, None]}, "but in the answer scores.1: Input should be a valid number"),
+        ({"scores": [0.5, "1"]}, "but in the answer scores.1: Input should be a valid number"),
+        ({"scores": [0.5, True]}, "but in the answer scores.1: Input should be a valid number"),
+        ({"score": [0.5, 1]}, "but in the answer scores: Field required"),
+        ([0.5, 1], "but in the answer Input should be an object"),
+        (b"<html>", "but in the answer Invalid JSON"),
+        (b"", "but in the answer Invalid JSON"),
+    ],
+)
+def test_an_answer_of_the_wrong_form_is_an_error_and_never_a_zero(body, said):
+    with LocalServer(lambda number, _: Answer(body)) as server:
+        message = failure(reward(server.url), count=2)
+    assert message.startswith(f"{server.url}: status 200, {said}")
+    assert message.endswith("(after 1 attempt, first prompt id id-0)")
+    assert len(server.asked) == 1
+
+
+def test_whole_numbers_are_numbers():
+    with LocalServer(lambda number, body: Answer({"scores": [3, -1]})) as server:
+        assert reward(server.url).score([rollout(0), rollout(1)]).result().tolist() == [3.0, -1.0]
+
+
+def test_the_token_goes_into_the_header_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", f" {SECRET}\n")
+    with LocalServer(lambda number, body: Answer({"you sent": f"Bearer {SECRET}"}, 401)) as server:
+        source = reward(server.url, token_env="MY_TOKEN")
+        message = failure(source)
+    assert server.asked[0].headers["Authorization"] == f"Bearer {SECRET}"
+    assert SECRET not in message + repr(source.endpoint) + repr(source.__dict__)
+    assert '"Bearer ***"' in message
+
+
+def test_a_secret_in_the_urls_query_is_not_repeated():
+    with LocalServer(lambda number, body: Answer({}, 404)) as server:
+        assert "hidden" not in failure(reward(f"{server.url}/s?key=hidden"))
+    assert server.asked[0].path == "/s?key=hidden"
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", "caf\u00e9"])
+def test_a_token_that_is_not_there_or_cannot_be_sent_is_a_recipe_error(monkeypatch, value):
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MY_TOKEN", value)
+    with pytest.raises(RecipeError, match="the environment variable MY_TOKEN") as error:
+        reward("http://localhost", token_env="MY_TOKEN")
+    assert "caf" not in str(error.value)
+
+
+def test_metadata_that_json_cannot_hold_is_a_data_error():
+    with LocalServer(length_scores) as server:
+        for metadata in ({"n": float("nan")}, {"when": datetime.now(UTC)}):
+            with pytest.raises(DataError, match="prompt id id-3: its metadata cannot be sent"):
+                reward(server.url).score([rollout(3, metadata)]).result()
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "problem"),
+    [
+        ("{kind: http, url: 'ftp://host/x'}", "judge.url"),
+        ("{kind: http, url: 'https://me:word@host/x'}", "judge.url"),
+        ("{kind: http}", "judge.url"),
+        ("{kind: http, url: 'http://host', batch_size: 0}", "judge.batch_size"),
+        ("{kind: http, url: 'http://host', timeout: 3}", "did you mean timeout_s"),
+    ],
+)
+def test_recipe_errors(tmp_path, judge, problem):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+    stage = f"{{name: pairs, kind: annotate, policy: base, prompts: {{path: prompts.jsonl}}, judge: {judge}}}"
+    (tmp_path / "recipe.yaml").write_text(f'name: t\nmodel: {{path: "tiny://llama"}}\nstages:\n  - {stage}\n')
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(tmp_path / "recipe.yaml", ())
