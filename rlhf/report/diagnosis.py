@@ -23,7 +23,9 @@ KL_GROWTH = 5.0
 KL_NOTABLE = 10.0
 ENTROPY_LEFT = 0.15
 LENGTH_FACTOR = 1.5
-GOLD_LOST = 1 / 3
+GOLD_LOST, GOLD_GONE = 1 / 2, 2 / 3
+# Of what the margin gained, how much the chosen response may lose.
+CHOSEN_LOST = 1 / 8
 FLAT = 0.7
 CUT_OFF = 0.5
 FEWEST_STEPS = 16
@@ -102,7 +104,7 @@ def _hacking(kind: str, curve: Curve) -> Iterator[Diagnosis]:
     fall = top.mean - now.mean
     if not (top.above(now) and fall > GOLD_LOST * gain and reward[-1].above(reward[peak], LIKELY)):
         return
-    lasting = top.above(gold[-2], LIKELY) and fall > gain / 2
+    lasting = top.above(gold[-2], LIKELY) and fall > GOLD_GONE * gain
     yield Diagnosis(
         "reward hacking",
         "stop" if lasting else "warn",
@@ -154,11 +156,12 @@ def _entropy(kind: str, curve: Curve) -> Iterator[Diagnosis]:
 
 def _critic(kind: str, curve: Curve) -> Iterator[Diagnosis]:
     explained = windows(curve, "explained_variance")
-    if explained and all(window.mean + LIKELY * window.error <= 0 for window in explained[-2:]):
+    late = explained[len(explained) // 2 :]
+    if late and all(window.mean + LIKELY * window.error <= 0 for window in late):
         yield Diagnosis(
             "the critic explains nothing",
             "warn",
-            f"Its explained variance is {show(explained[-1].mean)} late in training; 0 is what a constant would do.",
+            f"Its explained variance is {show(late[-1].mean)} late in training; 0 is what a constant would do.",
             "a higher critic_optimizer.learning_rate, more epochs, or a method without critic (rloo, grpo).",
         )
 
@@ -172,7 +175,7 @@ def _chosen(kind: str, curve: Curve) -> Iterator[Diagnosis]:
         return
     start = Window(0, 0.0, 0.0) if reward else shown[0]
     grown = margin[-1].mean - margin[0].mean
-    if all(start.above(window) and start.mean - window.mean > grown / 4 for window in shown[-2:]):
+    if all(start.above(window) and start.mean - window.mean > CHOSEN_LOST * grown for window in shown[-2:]):
         other = windows(curve, "rejected_reward" if reward else "rejected_logprob")
         pair = f" (rejected: {show(other[0].mean)} to {show(other[-1].mean)})" if other else ""
         yield Diagnosis(

@@ -104,8 +104,17 @@ def assert_same_gradient(ours, theirs):
 )
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_loss_and_gradient_equal_trls_grpo(tmp_path, tiny_folder, loss_type, aggregation, kl_coef):
+    """The KL as in GRPO's paper; the default of TRL 1.16 multiplies it by the ratio (DeepSeek-V3.2)."""
     trainer = trainer_of(
-        GRPOTrainer, GRPOConfig, tmp_path, tiny_folder, loss_type=loss_type, beta=kl_coef, epsilon=0.2, epsilon_high=0.3
+        GRPOTrainer,
+        GRPOConfig,
+        tmp_path,
+        tiny_folder,
+        loss_type=loss_type,
+        beta=kl_coef,
+        use_bias_correction_kl=False,
+        epsilon=0.2,
+        epsilon_high=0.3,
     )
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
     trainer.model.eval()

@@ -3,12 +3,15 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
-from made import comparison, samples
+from made import comparison, samples, spent
 from rich.console import Console
 
 from rlhf.errors import DataError
+from rlhf.recipe.base import Budget
+from rlhf.report.frontier import frontier_point
 from rlhf.report.json import read_json, write_json
 from rlhf.report.results import Interval, show
 from rlhf.report.table import comparison_table, verdict
@@ -55,6 +58,29 @@ def test_table_shows_every_number_with_its_interval(found):
     assert "sft (baseline)" in lines[2]
 
 
+def test_table_says_how_many_seeds_and_leaves_out_what_nobody_measured():
+    runs = [samples(f"ppo@{seed}", gold=0.5, reward=None) for seed in (1, 2, 3)]
+    found = comparison(samples("sft", reward=None), *runs, samples("dpo", gold=0.1, reward=None))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(comparison_table(found))
+    text = console.export_text()
+    assert "ppo (3 seeds)" in text
+    assert "1 to 3 seeds" in text
+    assert "reward model" not in text
+    assert "nan" not in text
+    assert "3 seeds" in verdict(found)
+
+
+def test_verdict_quotes_the_corrected_p_value_where_the_interval_looks_clear(found):
+    def weak(item):
+        shaky = item.candidate == "dpo" and item.metric == "gold"
+        return replace(item, p_value=0.03, p_corrected=0.09) if shaky else item
+
+    said = verdict(replace(found, differences=tuple(weak(item) for item in found.differences)))
+    assert said.startswith("No clear winner. Highest is dpo")
+    assert "over sft (corrected p 0.09)" in said
+
+
 def test_table_does_not_read_markup_in_names():
     odd = samples("[bold]x[/nope]")
     console = Console(width=160, record=True, file=io.StringIO())
@@ -67,17 +93,38 @@ def test_json_has_the_documented_shape(found, tmp_path):
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["baseline"] == "sft"
     assert (document["seed"], document["bootstrap_samples"], document["prompts"]) == (5, 300, 24)
-    names = "name kind gold gold_ci reward reward_ci kl kl_ci length length_ci win_rate win_rate_ci truncated distinct"
+    names = (
+        "name kind runs gold gold_ci reward reward_ci kl kl_ci length length_ci win_rate win_rate_ci truncated distinct"
+        " characters preference_accuracy cost"
+    )
     assert [list(item) for item in document["candidates"]] == [names.split()] * 3
     ppo = document["candidates"][1]
     assert ppo["gold_ci"] == [found.candidate("ppo").gold_ci.low, found.candidate("ppo").gold_ci.high]
-    assert list(document["differences"][0]) == ["candidate", "baseline", "metric", "difference", "ci", "n"]
+    fields = "candidate baseline metric difference ci n p_value p_corrected level"
+    assert list(document["differences"][0]) == fields.split()
     assert len(document["differences"]) == 3 * 4
+    assert [(item["candidate"], item["baseline"]) for item in document["wins"]] == [
+        ("ppo", "sft"),
+        ("dpo", "sft"),
+        ("dpo", "ppo"),
+    ]
+    assert [item["name"] for item in document["leaderboard"]] == ["ppo", "dpo", "sft"]
+    assert document["leaderboard"][1]["win_rate"] == 100 * found.candidate("dpo").win_rate
+    assert [item["run"] for item in document["frontier"]] == ["sft", "ppo", "dpo"]
 
 
 def test_json_reads_back_as_it_was_and_unbounded_intervals_are_null(found, tmp_path):
     single = comparison(samples("sft", prompts=1), samples("ppo", prompts=1))
-    for number, original in enumerate((found, single)):
+    point = frontier_point("ppo@1", samples("ppo@1", reward=None).samples, 4)
+    full = comparison(
+        samples("sft", reward=None),
+        spent(samples("ppo@1", reward=None), 10, 5, accuracy=0.5),
+        samples("ppo@2", reward=None),
+        frontier=[point],
+        budget=Budget(gradient_tokens=100),
+        reward_accuracy=0.7,
+    )
+    for number, original in enumerate((found, single, full)):
         path = tmp_path / f"{number}.json"
         write_json(path, original)
         assert read_json(path) == original

@@ -100,7 +100,7 @@ def test_leaderboard_has_the_columns_and_formulas_of_alpaca_eval(tmp_path):
     table = pd.read_csv(tmp_path / "leaderboard.csv", index_col=0)
     names = "win_rate standard_error n_wins n_wins_base n_draws n_total discrete_win_rate length_controlled_winrate"
     assert list(table.columns) == [*names.split(), "avg_length"]
-    assert list(table.index)[0] == "dpo"
+    assert next(iter(table.index)) == "dpo"
     row = table.loc["ppo"]
     golds, base = (np.array([s.gold for s in item.samples]) for item in (ppo, samples("sft")))
     preference = pd.Series(np.where(golds > base, 2.0, 1.0))
