@@ -19,7 +19,7 @@ from rich.console import Console
 
 from rlhf.algorithms.preference import PAIR_LOSSES
 from rlhf.data.disjoint import check_disjoint
-from rlhf.errors import RecipeError, RlhfError, TrainingError
+from rlhf.errors import GuardError, RecipeError, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_key
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
@@ -29,6 +29,8 @@ from rlhf.recipe.resources import local_resources, threads, wanted
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
 from rlhf.recipe.stage_schema import Stage
+from rlhf.report.curves import Curve
+from rlhf.report.diagnosis import diagnose_curve
 from rlhf.report.json import read_json
 from rlhf.report.table import comparison_table, verdict
 from rlhf.rewards.http import check_tokens
@@ -100,7 +102,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
         if target.exists():
             shutil.rmtree(target)
         target.mkdir(parents=True)
-        tracker = Tracker(stage.name, target, display, wandb)
+        tracker = Tracker(stage.name, target, display, wandb, _watch(stage, recipe))
         context = StageContext(
             recipe=recipe,
             stage=stage,
@@ -119,6 +121,21 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
         display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
     if wandb:
         wandb.close()
+
+
+def _watch(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
+    """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that."""
+    said: set[str] = set()
+
+    def watch(curve: Curve) -> None:
+        for diagnosis in diagnose_curve(stage.kind, curve):
+            if diagnosis.severity == "stop" and recipe.on_diagnosis == "stop":
+                raise GuardError(str(diagnosis))
+            if diagnosis.name not in said:
+                said.add(diagnosis.name)
+                log.warning("%s: %s", stage.name, diagnosis)
+
+    return watch
 
 
 def _run_stage(stage: Stage, context: StageContext) -> Summary:

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.progress import Display
 from rlhf.recipe.schema import Recipe
+from rlhf.report.curves import Curve
 
 
 class WandbSink:
@@ -55,10 +56,19 @@ class Cost:
 
 
 class Tracker:
-    """Writes the metrics of one stage and counts what it spends."""
+    """Writes the metrics of one stage, counts what it spends, and shows each new row to who watches the curve."""
 
-    def __init__(self, stage: str, folder: Path, display: Display, wandb: WandbSink | None) -> None:
+    def __init__(
+        self,
+        stage: str,
+        folder: Path,
+        display: Display,
+        wandb: WandbSink | None,
+        watch: Callable[[Curve], None] = lambda curve: None,
+    ) -> None:
         self.stage = stage
+        self.watch = watch
+        self.curve: Curve = []
         self.display = display
         self.wandb = wandb
         self.path = folder / "metrics.jsonl"
@@ -89,3 +99,5 @@ class Tracker:
         if self.wandb:
             self.wandb.log(self.stage, step, values)
         self.advance(step, values)
+        self.curve.append({"step": step, **values})
+        self.watch(self.curve)
