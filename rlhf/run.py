@@ -102,7 +102,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
         if target.exists():
             shutil.rmtree(target)
         target.mkdir(parents=True)
-        tracker = Tracker(stage.name, target, display, wandb, _watch(stage, recipe))
+        tracker = Tracker(stage.name, target, display, wandb, watcher(stage, recipe))
         context = StageContext(
             recipe=recipe,
             stage=stage,
@@ -123,7 +123,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
         wandb.close()
 
 
-def _watch(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
+def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
     """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that."""
     said: set[str] = set()
 

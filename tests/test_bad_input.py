@@ -38,7 +38,8 @@ SFT = "  - {name: sft, kind: sft, data: {path: sft.jsonl}, batch_size: 2}\n"
 RM = "  - {name: rm, kind: reward, data: {path: pairs.jsonl}, heldout_fraction: 0, batch_size: 2}\n"
 JUDGE = '{kind: function, path: "rewards.py:score"}'
 PAIRS = f"""\
-  - {{name: pairs, kind: annotate, policy: base, prompts: {{path: prompts.jsonl}}, judge: {JUDGE}, max_prompt_tokens: 64}}
+  - {{name: pairs, kind: annotate, policy: base, prompts: {{path: prompts.jsonl}}, judge: {JUDGE},
+     max_prompt_tokens: 64}}
 """
 PPO = """\
   - name: ppo

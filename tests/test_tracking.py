@@ -55,10 +55,12 @@ def test_each_step_is_one_line_with_step_and_time(tracker, tmp_path, shown):
     assert tracker.path == tmp_path / "metrics.jsonl"
     before = time.time()
     tracker.log(1, {"loss": 0.5, "kl": 1})
+    tracker.spend(gradient_tokens=70, generated_tokens=20)
+    tracker.spend(gradient_tokens=30)
     tracker.log(2, Metrics.of(4, loss=1.0))
     assert [{key: row[key] for key in row if key != "time"} for row in rows(tracker)] == [
-        {"step": 1, "loss": 0.5, "kl": 1.0},
-        {"step": 2, "loss": 0.25},
+        {"step": 1, "loss": 0.5, "kl": 1.0, "gradient_tokens": 0.0, "generated_tokens": 0.0},
+        {"step": 2, "loss": 0.25, "gradient_tokens": 100.0, "generated_tokens": 20.0},
     ]
     assert all(before <= row["time"] <= time.time() for row in rows(tracker))
     assert tracker.step == 2
@@ -99,7 +101,7 @@ def test_the_other_sink_gets_the_same_numbers(tmp_path):
     sink = Recorder()
     tracker = Tracker("ppo", tmp_path, Display(Console(file=io.StringIO(), force_terminal=False)), sink)  # type: ignore[arg-type]
     tracker.log(4, {"loss": 0.5})
-    assert sink.logged == [("ppo", 4, {"loss": 0.5})]
+    assert sink.logged == [("ppo", 4, {"loss": 0.5, "gradient_tokens": 0.0, "generated_tokens": 0.0})]
 
 
 def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path, monkeypatch):
@@ -127,3 +129,12 @@ def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path,
     everything = b"".join(path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())
     for secret in (b"ray-head.internal", b"a-secret-of-mine"):
         assert secret not in everything
+
+
+def test_who_watches_sees_the_curve_so_far_after_every_step(tmp_path):
+    lengths = []
+    display = Display(Console(file=io.StringIO(), force_terminal=False))
+    tracker = Tracker("ppo", tmp_path, display, None, lambda curve: lengths.append([row["loss"] for row in curve]))
+    tracker.log(1, {"loss": 0.5})
+    tracker.log(2, {"loss": 0.25})
+    assert lengths == [[0.5], [0.5, 0.25]]

@@ -21,5 +21,7 @@ def gold(prompt: str, response: str, metadata: Mapping[str, Any]) -> float:
     if not response:
         return EMPTY
     liked = sum(letter in LIKED for letter in response) / len(response)
-    echoes = sum(a == b for a, b in pairwise(response)) + sum(a == b for a, b in zip(response, response[2:], strict=False))
+    echoes = sum(a == b for a, b in pairwise(response)) + sum(
+        a == b for a, b in zip(response, response[2:], strict=False)
+    )
     return liked - echoes / len(response) - 0.1 * max(0, len(response) - LONGEST)

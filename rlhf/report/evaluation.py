@@ -67,7 +67,7 @@ def read_evaluation(run: Path) -> Evaluation:
 def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
     """Return one evaluation of several runs' candidates, `run/candidate`; a baseline that all share stands once.
 
-    Baselines that differ are candidates too and the first run's is the baseline; KL is then to each run's own.
+    Proxy rewards stay only where every run has them. Baselines that differ are candidates too and the first run's is the baseline; KL is then to each run's own.
     Raises DataError unless prompts, decoding and judges are the same.
     """
     names = list(runs)
@@ -85,6 +85,11 @@ def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
         points += [
             replace(p, method=f"{name}/{p.method}", run=_renamed(p.run, name, item, shared)) for p in item.frontier
         ]
+    if any(sample.reward is None for item in candidates for sample in item.samples[:1]):
+        candidates, points = (
+            [_unrewarded(item) for item in candidates],
+            [replace(p, reward=None, reward_se=None) for p in points],
+        )
     kl = "KL" if shared else f"KL (to each run's own baseline, {len(runs)} different ones)"
     facts = {"Runs": ", ".join(names), **{kl if key == "KL" else key: text for key, text in first.facts.items()}}
     return replace(
@@ -96,6 +101,10 @@ def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
         budget=first.budget if all(item.budget == first.budget for item in runs.values()) else None,
         facts=facts,
     )
+
+
+def _unrewarded(item: CandidateSamples) -> CandidateSamples:
+    return replace(item, samples=tuple(replace(sample, reward=None) for sample in item.samples))
 
 
 def _renamed(name: str, run: str, item: Evaluation, shared: bool) -> str:

@@ -9,7 +9,7 @@ HEAVY = ("ray", "vllm", "deepspeed", "transformers", "datasets", "peft", "pydant
 
 def test_importing_the_algorithms_loads_torch_only():
     modules = [f"rlhf.algorithms.{module.name}" for module in pkgutil.iter_modules(rlhf.algorithms.__path__)]
-    assert len(modules) == 7
+    assert len(modules) > 5
     script = "import sys, importlib\n"
     script += f"for name in {modules!r}: importlib.import_module(name)\n"
     script += "print(*sorted({name.partition('.')[0] for name in sys.modules}))"

@@ -36,17 +36,20 @@ NEEDS = "but a language model is needed here (there are base, sft"
         (
             "data: {stage: pairs}\n  - name: ppo",
             "data: {stage: sft}\n  - name: ppo",
-            "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, but a stage of kind annotate is needed here (there are pairs)",
+            "15:19: stages.rm.data.stage: 'sft' is a stage of kind sft, "
+            "but a stage of kind annotate is needed here (there are pairs)",
         ),
         (
             "data: {stage: pairs}\n  - name: duel",
             "data: {stage: base}\n  - name: duel",
-            "28:19: stages.dpo.data.stage: 'base' is the base model, but a stage of kind annotate is needed here (there are pairs)",
+            "28:19: stages.dpo.data.stage: 'base' is the base model, "
+            "but a stage of kind annotate is needed here (there are pairs)",
         ),
         (
             "reward: {kind: model, stage: rm}\n    prompts",
             "reward: {kind: model, stage: sft}\n    prompts",
-            "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, but a stage of kind reward is needed here (there are rm)",
+            "19:34: stages.ppo.reward.stage: 'sft' is a stage of kind sft, "
+            "but a stage of kind reward is needed here (there are rm)",
         ),
         (
             "[sft, ppo, dpo]",
