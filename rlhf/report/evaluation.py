@@ -21,11 +21,13 @@ class Evaluation:
     """All samples and scores of one comparison.
 
     `conditions` are what two evaluations must share to be compared (prompts, decoding, judges), each in words or as a
-    digest; `baseline_key` tells whether their baselines are the same model; `facts` are shown in the report.
+    digest; `baseline_key` and `reward_key` tell whether their baselines and their proxy rewards are the same; `facts` are
+    shown in the report.
     """
 
     baseline: str
     baseline_key: str
+    reward_key: str
     conditions: Mapping[str, str]
     candidates: tuple[CandidateSamples, ...]
     frontier: tuple[FrontierPoint, ...]
@@ -67,7 +69,8 @@ def read_evaluation(run: Path) -> Evaluation:
 def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
     """Return one evaluation of several runs' candidates, `run/candidate`; a baseline that all share stands once.
 
-    Proxy rewards stay only where every run has them. Baselines that differ are candidates too and the first run's is the baseline; KL is then to each run's own.
+    Baselines that differ are candidates too, the first run's being the baseline; KL is then to each run's own.
+    Proxy rewards are left out where the runs have different reward models.
     Raises DataError unless prompts, decoding and judges are the same.
     """
     names = list(runs)
@@ -85,11 +88,9 @@ def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
         points += [
             replace(p, method=f"{name}/{p.method}", run=_renamed(p.run, name, item, shared)) for p in item.frontier
         ]
-    if any(sample.reward is None for item in candidates for sample in item.samples[:1]):
-        candidates, points = (
-            [_unrewarded(item) for item in candidates],
-            [replace(p, reward=None, reward_se=None) for p in points],
-        )
+    if len({item.reward_key for item in runs.values()}) > 1:
+        candidates = [_unrewarded(item) for item in candidates]
+        points = [replace(point, reward=None, reward_se=None) for point in points]
     kl = "KL" if shared else f"KL (to each run's own baseline, {len(runs)} different ones)"
     facts = {"Runs": ", ".join(names), **{kl if key == "KL" else key: text for key, text in first.facts.items()}}
     return replace(

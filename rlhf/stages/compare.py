@@ -92,7 +92,8 @@ def _evaluation(
     )
     return Evaluation(
         baseline=stage.baseline,
-        baseline_key=_baseline_key(stage, context),
+        baseline_key=_weights_digest(context.checkpoint(stage.baseline)),
+        reward_key=_reward_key(stage, context),
         conditions=_conditions(rows, stage),
         candidates=candidates,
         frontier=tuple(_point(name, samples[name]) for name in samples if name not in stage.candidates),
@@ -128,9 +129,15 @@ def _reward_accuracy(stage: CompareStage, context: StageContext) -> float | None
     return summary.get("judge_accuracy", summary.get("heldout_accuracy"))
 
 
-def _baseline_key(stage: CompareStage, context: StageContext) -> str:
-    files = sorted(context.checkpoint(stage.baseline).glob("*.safetensors"))
-    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+def _weights_digest(model: Path) -> str:
+    digests = (file_digest(file) for file in sorted(model.glob("*.safetensors")))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _reward_key(stage: CompareStage, context: StageContext) -> str:
+    if isinstance(stage.reward, ModelJudge):
+        return _weights_digest(context.checkpoint(stage.reward.stage))
+    return _named(stage.reward) if stage.reward else ""
 
 
 def _conditions(rows: Sequence[PromptRow], stage: CompareStage) -> dict[str, str]:

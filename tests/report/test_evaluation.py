@@ -15,11 +15,12 @@ from rlhf.report.frontier import frontier_point
 CONDITIONS = {"the set of prompts": "abc", "temperature": "1.0"}
 
 
-def evaluation(ppo_gold: float = 0.5, baseline_key: str = "one") -> Evaluation:
+def evaluation(ppo_gold: float = 0.5, baseline_key: str = "one", reward_key: str = "rm") -> Evaluation:
     sft, ppo = samples("sft"), samples("ppo", gold=ppo_gold, kl=2.0)
     return Evaluation(
         baseline="sft",
         baseline_key=baseline_key,
+        reward_key=reward_key,
         conditions=CONDITIONS,
         candidates=(sft, ppo),
         frontier=(frontier_point("ppo", ppo.samples, 4),),
@@ -52,6 +53,14 @@ def test_different_baselines_all_stand_and_the_report_says_what_the_kl_is_to():
     assert [item.name for item in merged.candidates] == ["a/sft", "a/ppo", "b/sft", "b/ppo"]
     assert merged.baseline == "a/sft"
     assert "KL (to each run's own baseline, 2 different ones)" in merged.facts
+
+
+def test_scores_of_different_reward_models_are_not_set_side_by_side():
+    merged = merge({"a": evaluation(), "b": evaluation(reward_key="another")})
+    assert {sample.reward for item in merged.candidates for sample in item.samples} == {None}
+    assert {point.reward for point in merged.frontier} == {None}
+    kept = merge({"a": evaluation(), "b": evaluation()})
+    assert all(sample.reward is not None for item in kept.candidates for sample in item.samples)
 
 
 def test_runs_under_seeds_stay_runs_of_one_method():

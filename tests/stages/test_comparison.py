@@ -1,4 +1,4 @@
-"""Comparisons through the command: branches per seed, checkpoints on the frontier, budgets, and models from elsewhere."""
+"""Comparisons through the command: branches per seed, checkpoints on the frontier, budgets, foreign models."""
 
 from __future__ import annotations
 
