@@ -20,9 +20,8 @@ FILE = "evaluation.json"
 class Evaluation:
     """All samples and scores of one comparison.
 
-    `conditions` are what two evaluations must share to be compared (prompts, decoding, judges), each in words or as a
-    digest; `baseline_key` and `reward_key` tell whether their baselines and their proxy rewards are the same; `facts` are
-    shown in the report.
+    `conditions` are what two evaluations must share to be compared (prompts, decoding, gold), in words or as digests;
+    `baseline_key` and `reward_key` tell whether baselines and proxy rewards are the same; `facts` are for the report.
     """
 
     baseline: str
