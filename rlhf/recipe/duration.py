@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rlhf.recipe.base import DataSource, HubData, PathData, StageData
+from rlhf.recipe.base import Budget, DataSource, HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.resources import adapters, processes
@@ -40,10 +40,19 @@ def estimate_seconds(recipe: Recipe, parameters: int, rate: float) -> float | No
         work = stage_work(recipe, stage)
         if work is None:
             return None
+        if recipe.budget and isinstance(stage, OnlineStage | PreferenceStage):
+            work = _within(recipe.budget, work)
         passes = 4 if adapters(recipe, getattr(stage, "lora", None)) else 6
         terms = ((work.trained, passes, TRAINING), (work.scored, 2, SCORING), (work.generated, 2, GENERATING))
         seconds += STAGE_S + sum(tokens * cost * parameters / (rate * share) for tokens, cost, share in terms)
     return seconds
+
+
+def _within(budget: Budget, work: Work) -> Work:
+    """Return the part of the work that the budget's token limits leave."""
+    limits = ((work.trained, budget.gradient_tokens), (work.generated, budget.generated_tokens))
+    share = min([1.0, *(limit / tokens for tokens, limit in limits if limit is not None and tokens)])
+    return Work(share * work.trained, share * work.scored, share * work.generated)
 
 
 def stage_work(recipe: Recipe, stage: Stage) -> Work | None:

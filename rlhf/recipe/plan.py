@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rlhf.recipe.base import LlmJudge
@@ -14,7 +16,7 @@ from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import Resources, RoleName, adapters, processes, threads, wanted
 from rlhf.recipe.schedule import Schedule, longest, microbatch_tokens, schedule
 from rlhf.recipe.schema import Recipe, RolloutRole
-from rlhf.recipe.seeds import expand_seeds
+from rlhf.recipe.seeds import expand_seeds, method
 from rlhf.recipe.stage_schema import SftStage, Stage, judges
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
 
 def headline(plan: Plan) -> str:
     """Return the first line of a run: its stages, which role runs where, and how long it may take."""
-    stages = " -> ".join(_title(stage) for stage in plan.stages)
+    stages = " -> ".join(_titles(plan.stages))
     roles = ", ".join(f"{name} {place}" for name, place in plan.processes.items())
     backend = "on Ray" if plan.backend == "ray" else "in this process"
     duration = "" if plan.seconds is None else f"; roughly {max(1, round(plan.seconds / 60))} min"
@@ -214,6 +216,16 @@ def _warnings(recipe: Recipe, stages: tuple[StagePlan, ...], resources: Resource
         if isinstance(stage, OnlineStage) and prompts is not None and prompts < stage.prompts_per_step:
             found.append(f"stage {stage.name} has {prompts} prompts but takes {stage.prompts_per_step} a step")
     return found
+
+
+def _titles(stages: Sequence[StagePlan]) -> list[str]:
+    """Return the stages' titles, the runs of one stage under several seeds as one."""
+    titles = []
+    for name, runs in groupby(stages, key=lambda stage: method(stage.name)):
+        first, *others = runs
+        title = _title(replace(first, name=name))
+        titles.append(f"{title} x {1 + len(others)} seeds" if others else title)
+    return titles
 
 
 def _title(stage: StagePlan) -> str:

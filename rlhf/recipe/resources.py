@@ -88,13 +88,14 @@ def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
     """Return the CPU threads of each role of a stage.
 
     Processes busy at the same time must not want more threads than there are cores, since spinning OpenMP
-    barriers then cost a factor of ten. While an engine generates nothing else runs, and only in ppo two models
-    are busy side by side (policy and critic train).
+    barriers then cost a factor of ten. While an engine generates nothing else runs; in online stages all other
+    models of the stage score side by side, and policy and critic train so.
     """
-    half = max(1, cores // 2)
-    together = isinstance(stage, PpoStage)
     alone = ("rollout", "judge")
-    return {name: half if together and name not in alone else max(1, cores) for name in wanted(recipe, stage)}
+    roles = wanted(recipe, stage)
+    busy = sum(name not in alone for name in roles) if isinstance(stage, OnlineStage) else 1
+    shared = max(1, cores // min(busy, 2))
+    return {name: max(1, cores) if name in alone else shared for name in roles}
 
 
 def processes(recipe: Recipe) -> dict[RoleName, Wanted]:

@@ -3,6 +3,9 @@
 import pytest
 
 from rlhf.errors import RecipeError
+from rlhf.recipe.duration import estimate_seconds
+from rlhf.recipe.plan import headline, make_plan
+from rlhf.recipe.resources import Resources
 from rlhf.recipe.seeds import expand_seeds, method
 from tests.recipe.conftest import TEXT
 
@@ -57,3 +60,15 @@ def test_refusals(folder, old, new, expected):
     with pytest.raises(RecipeError) as caught:
         folder.load(SEEDS.replace(old, new, 1))
     assert expected in str(caught.value)
+
+
+def test_the_plan_names_a_method_once(folder):
+    plan = make_plan(folder.load(SEEDS), Resources(cpus=2, gpus=0, memory_bytes=2**34))
+    assert "rm (reward) -> ppo x 2 seeds -> dpo x 2 seeds -> duel (compare);" in headline(plan)
+    assert [stage.name for stage in plan.stages].count("ppo@9") == 1
+
+
+def test_a_budget_bounds_the_estimated_duration(folder):
+    free = folder.load(SEEDS.replace("steps: 3", "steps: 3000")).recipe
+    bound = folder.load(SEEDS.replace("steps: 3", "steps: 3000"), "budget={gradient_tokens: 10000}").recipe
+    assert estimate_seconds(bound, 10**6, 1e9) < 0.1 * estimate_seconds(free, 10**6, 1e9)
