@@ -185,17 +185,17 @@ def check_lengths(recipe: Recipe, base: Path) -> None:
 
 
 def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:
-    """Print the last comparison and put its report at the top of the run folder."""
-    names = [stage.name for stage in recipe.stages if stage.kind == "compare"]
-    if not names:
-        return
-    source = folder / "stages" / names[-1]
-    for name in ("report.html", "report.json", "leaderboard.csv"):
-        shutil.copyfile(source / name, folder / name)
-    comparison = read_json(folder / "report.json")
-    console.print(comparison_table(comparison))
-    console.print(verdict(comparison), markup=False, highlight=False)
-    console.print(f"report: {folder / 'report.html'}", markup=False, soft_wrap=True)
+    """Print every comparison and put the report of the last one at the top of the run folder."""
+    for stage in recipe.stages:
+        if stage.kind != "compare":
+            continue
+        source = folder / "stages" / stage.name
+        for name in ("report.html", "report.json", "leaderboard.csv"):
+            shutil.copyfile(source / name, folder / name)
+        comparison = read_json(source / "report.json")
+        console.print(comparison_table(comparison))
+        console.print(verdict(comparison), markup=False, highlight=False)
+        console.print(f"report: {source / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def _write_inputs(folder: Path, loaded: LoadedRecipe) -> None:

@@ -12,8 +12,10 @@ from rlhf.data.rows import PromptRow
 from rlhf.errors import DataError
 from rlhf.fingerprint import file_digest
 from rlhf.recipe.base import FunctionJudge, Judge, LlmJudge, ModelJudge
+from rlhf.recipe.online_schema import OnlineStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.stage_schema import CompareStage
-from rlhf.report.curves import read_curves
+from rlhf.report.curves import Curve, read_curves
 from rlhf.report.evaluation import Evaluation, write_evaluation
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
@@ -172,6 +174,17 @@ def _facts(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext
     }
 
 
+def _curves(run: Path, evaluation: Evaluation, context: StageContext) -> dict[str, Curve]:
+    """Return the learning curves of the candidates and of what they come from, not those of other policies."""
+    candidates = {item.name for item in evaluation.candidates}
+    others = {
+        other.name
+        for other in context.recipe.stages
+        if isinstance(other, OnlineStage | PreferenceStage) and other.name not in candidates
+    }
+    return {name: curve for name, curve in read_curves(run).items() if name not in others}
+
+
 def _write(evaluation: Evaluation, context: StageContext) -> None:
     run = context.folder.parent.parent
     comparison = evaluation.compare()
@@ -183,7 +196,7 @@ def _write(evaluation: Evaluation, context: StageContext) -> None:
     write_html(
         context.folder / "report.html",
         comparison,
-        read_curves(run),
+        _curves(run, evaluation, context),
         evaluation.candidates,
         evaluation.facts,
         environment=environment,
