@@ -40,6 +40,8 @@ class Cost:
 class Sample:
     """One scored response. `kl` is its sequence log(policy/reference) in nats, `tokens` its length.
 
+    `entropy` is the mean over its tokens of the policy's entropy at that place, in nats.
+
     `reward` is the proxy's score, None where there is no proxy.
     """
 
@@ -51,6 +53,7 @@ class Sample:
     kl: float
     tokens: int
     finish_reason: str
+    entropy: float
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class CandidateResult:
 
     `length` is in tokens and `characters` in characters; `win_rate` is against the baseline by gold (a tie is half a
     win); `truncated` is the share of responses cut at the token limit, `distinct` the number of different responses
-    over all responses; `cost` is the mean of its runs'.
+    over all responses, `entropy` in nats a token; `cost` is the mean of its runs'.
     """
 
     name: str
@@ -163,6 +166,7 @@ class CandidateResult:
     win_rate_ci: Interval
     truncated: float
     distinct: float
+    entropy: float
     characters: float
     preference_accuracy: float | None
     cost: Cost | None

@@ -130,6 +130,7 @@ def _result(item: Method, prompt_ids: Sequence[str], won: WinRate, settings: Set
         win_rate_ci=won.win_rate_ci,
         truncated=fmean(sample.finish_reason == "length" for sample in samples),
         distinct=fmean(len({sample.response for sample in run.samples}) / len(run.samples) for run in item.runs),
+        entropy=fmean(sample.entropy for sample in samples),
         characters=float(item.characters.mean()),
         preference_accuracy=_mean([run.preference_accuracy for run in item.runs]),
         cost=_mean_cost([run.cost for run in item.runs if run.cost]),

@@ -43,20 +43,22 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     rewards: Mapping[str, Sequence[float | None]] = dict.fromkeys(drawn, [None] * len(golds[stage.baseline]))
     if stage.reward:
         rewards = judged(drawn, context.judge(stage.reward, pad_id), stage.samples_per_prompt)
-    samples = {
-        name: tuple(
-            Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, log_ratio, len(r.tokens), r.finish_reason)
-            for r, gold, reward, log_ratio in zip(
-                item.rollouts, golds[name], rewards[name], kl[name].tolist(), strict=True
-            )
-        )
-        for name, item in drawn.items()
-    }
+    samples = {name: _samples(item, golds[name], rewards[name], kl[name].tolist()) for name, item in drawn.items()}
     for name in stage.candidates:
         write_samples(context.folder / "samples" / name, 0, drawn[name].rollouts, golds[name])
     evaluation = _evaluation(samples, implicit_accuracy(drawn, stage.baseline), rows, stage, context)
     _write(evaluation, context)
     return {result.name: result.gold for result in evaluation.compare().candidates}
+
+
+def _samples(
+    item: Drawn, golds: Sequence[float], rewards: Sequence[float | None], kls: Sequence[float]
+) -> tuple[Sample, ...]:
+    columns = zip(item.rollouts, golds, rewards, kls, item.entropy.tolist(), strict=True)
+    return tuple(
+        Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, kl, len(r.tokens), r.finish_reason, entropy)
+        for r, gold, reward, kl, entropy in columns
+    )
 
 
 def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> dict[str, Drawn]:

@@ -28,12 +28,14 @@ from rlhf.types import PreferenceBatch, Rollout, Sampling, TokenBatch
 class Drawn:
     """A model's rollouts, sample by sample and prompt by prompt, and its own sequence logprobs of them `[B]`.
 
+    `entropy` `[B]` is the mean of its token entropies in each response, in nats.
     `margins` `[P]` are log p(chosen) - log p(rejected) of the held-out pairs, `[0]` where there are none or where the
     model has another tokenizer than the pairs.
     """
 
     rollouts: list[Rollout]
     logprobs: Tensor
+    entropy: Tensor
     margins: Tensor
     tokenizer: ChatTokenizer
 
@@ -50,10 +52,14 @@ def draw(
     rollouts = engine.generate(prompts, Sampling(stage.max_response_tokens, stage.temperature), seeds).result()
     context.tracker.spend(generated_tokens=sum(len(rollout.tokens) for rollout in rollouts))
     batch = collate_rollouts(rollouts, tokenizer.pad_id)
-    logprobs = policy.logprobs(batch).result().logprobs
-    _check_served(name, logprobs, batch)
+    mask, scores = batch.response_mask, policy.logprobs(batch).result()
+    _check_served(name, scores.logprobs, batch)
     return Drawn(
-        rollouts, sequence_logprobs(logprobs, batch.response_mask), _margins(policy, pairs, tokenizer.pad_id), tokenizer
+        rollouts=rollouts,
+        logprobs=sequence_logprobs(scores.logprobs, mask),
+        entropy=scores.entropy.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1),
+        margins=_margins(policy, pairs, tokenizer.pad_id),
+        tokenizer=tokenizer,
     )
 
 

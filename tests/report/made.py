@@ -32,6 +32,7 @@ def samples(name, *, gold=0.0, reward=0.0, kl=0.0, tokens=20, finish="stop", tex
             kl=float(kl + gaps[2, place]),
             tokens=tokens,
             finish_reason=finish,
+            entropy=1.5,
         )
         for place in range(prompts)
     ]

@@ -9,7 +9,7 @@ from rlhf.report.results import Sample
 
 
 def sample(prompt, gold, reward, kl, tokens):
-    return Sample(prompt, "q", "r", gold, reward, kl, tokens, "stop")
+    return Sample(prompt, "q", "r", gold, reward, kl, tokens, "stop", 1.0)
 
 
 def test_a_point_is_means_and_standard_errors_over_prompts():

@@ -18,7 +18,8 @@ def ids(prompts, each=1):
 
 
 def candidate(name, golds, prompt_ids, kind="sft", **other):
-    sample = {"prompt": "q", "response": "r", "reward": 0.0, "kl": 0.0, "tokens": 5, "finish_reason": "stop"} | other
+    sample = {"prompt": "q", "response": "r", "reward": 0.0, "kl": 0.0, "tokens": 5, "finish_reason": "stop"}
+    sample |= {"entropy": 1.0} | other
     rows = tuple(Sample(prompt_id=i, gold=float(gold), **sample) for i, gold in zip(prompt_ids, golds, strict=True))
     return CandidateSamples(name, kind, rows)
 

@@ -27,7 +27,7 @@ def rollout(prompt: str, text: str) -> Rollout:
 
 def drawn(tokenizer, logprobs=(0.0, 0.0), margins=(), texts=("x", "y")) -> Drawn:
     rollouts = [rollout("p0", texts[0]), rollout("p1", texts[1])]
-    return Drawn(rollouts, torch.tensor(logprobs), torch.tensor(margins), tokenizer)
+    return Drawn(rollouts, torch.tensor(logprobs), torch.ones(2), torch.tensor(margins), tokenizer)
 
 
 class Constant:
