@@ -88,6 +88,8 @@ def test_gpus_of_the_whole_run_must_be_there(folder, text):
 def test_roles_that_no_stage_uses_do_not_count(folder, text):
     only_sft = text[: text.index("  - name: pairs")]
     check_fits(folder.load(GPUS + only_sft).recipe, Resources(1, 1, 0))
+    with pytest.raises(ResourceError):
+        check_fits(folder.load(GPUS + text).recipe, Resources(1, 1, 0))
 
 
 def test_cpus_count_on_a_cluster_only(folder, text):
