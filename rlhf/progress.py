@@ -78,6 +78,12 @@ class Display(logging.Handler):
         self.task = self.bar.add_task(label, total=total, detail="")
         return None
 
+    def expect(self, total: int) -> None:
+        """Correct the number of steps, where a budget ends before the plan does."""
+        self.total = total
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, total=total)
+
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Report that `done` steps are finished."""
         now = time.monotonic()

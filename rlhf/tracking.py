@@ -84,6 +84,10 @@ class Tracker:
         """Show that a part of the stage with `total` steps begins."""
         self.display.stage(f"{self.stage} {label}".strip(), total)
 
+    def expect(self, total: int) -> None:
+        """Show that the part will have `total` steps after all."""
+        self.display.expect(total)
+
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that a step (from 1) is finished, with nothing to record."""
         self.step = step

@@ -103,3 +103,13 @@ def test_warnings_are_shown_while_the_run_goes_on_and_nothing_else_is():
         log.error("shown where the run ends")
     log.warning("too late")
     assert out.getvalue() == "waiting for the cluster: needed 3 CPU\n"
+
+
+def test_a_budget_that_ends_early_shortens_what_is_expected(clock):
+    display, out = plain()
+    with display:
+        display.stage("dpo", 1000)
+        display.expect(4)
+        clock.seconds += 20
+        display.step(2, {"loss": 0.5})
+    assert out.getvalue().splitlines()[-1] == "dpo: step 2/4  loss 0.5  eta 20s"

@@ -15,7 +15,7 @@ from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, S
 
 BYTES_PER_TOKEN = 6  # of a jsonl line, its keys and quotes included
 FILLED = 0.7  # of max_response_tokens, in the mean
-TRAINING, SCORING, GENERATING = 0.25, 0.35, 0.1  # shares of the matrix-product rate that each kind of pass reaches
+TRAINING, SCORING, GENERATING = 0.4, 0.5, 0.2  # shares of the matrix-product rate that each kind of pass reaches
 PROCESS_S, STAGE_S = 12.0, 5.0
 PROBE_SIZE = 1024
 

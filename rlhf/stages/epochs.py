@@ -40,7 +40,9 @@ def train_epochs(
             break
         start = time.perf_counter()
         batch = collate([rows[row] for row in picked])
-        scale = lr_scale(stage.optimizer, index, context.total_steps(index, len(plan)))
+        total = context.total_steps(index, len(plan))
+        context.tracker.expect(total)
+        scale = lr_scale(stage.optimizer, index, total)
         metrics = learner.train(batch, objective, [range(len(picked))], scale).result()
         skipped = skipped + 1 if metrics["skipped_steps"] else 0
         if skipped == min(MAX_SKIPPED, len(plan)):

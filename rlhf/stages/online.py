@@ -44,6 +44,7 @@ def run(stage: AnyOnlineStage, context: StageContext) -> Summary:
             break
         clock = _Clock()
         total = context.total_steps(step, stage.steps)
+        context.tracker.expect(total)
         drawn = draw(roles, prompts, step, stage, context)
         clock.lap("generate")
         scored = collect(roles, method, drawn.rollouts, drawn.score, tokenizer.pad_id, stage)
