@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 import rlhf
 from rlhf.recipe.base import FunctionJudge, StageData
+from rlhf.recipe.online_schema import OnlineStage
+from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage, upstream
@@ -32,7 +34,7 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
     content = {
         "version": rlhf.__version__,
         "seed": recipe.seed,  # a stage's own is among its settings
-        "budget": recipe.budget and recipe.budget.model_dump(),
+        "budget": recipe.budget.model_dump() if recipe.budget and _is_limited(stage) else None,
         "dtype": recipe.model.dtype,
         "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
@@ -42,6 +44,10 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "upstream": {name: keys[name] for name in sorted(upstream(stage))},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_limited(stage: Stage) -> bool:
+    return isinstance(stage, OnlineStage | PreferenceStage)
 
 
 def file_digest(path: Path) -> str:

@@ -83,6 +83,9 @@ def test_keys_are_stable_and_no_two_stages_share_one(folder):
         ("stages.ppo.agreement.tolerance=0.3", {"ppo", "duel"}),
         ("stages.dpo.beta=0.5", {"dpo", "duel"}),
         ("stages.duel.bootstrap_samples=9", {"duel"}),
+        ("budget={gradient_tokens: 9}", {"ppo", "dpo", "duel"}),
+        ("stages.dpo.seed=3", {"dpo", "duel"}),
+        ("roles.rollout.engine=vllm", {"pairs", "rm", "ppo", "duel"}),
     ],
 )
 def test_a_setting_changes_its_stage_and_what_follows(folder, override, expected):
