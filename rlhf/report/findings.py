@@ -19,6 +19,8 @@ LENGTH_CHANGE = 0.2
 TRUNCATED = 0.1
 COLLAPSE = 0.5
 SURE = 3.0
+KL_MOVED = 0.5
+NOTHING = "learned nothing that shows"
 
 
 def diagnose(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Diagnosis]:
@@ -49,7 +51,7 @@ def diagnose(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Diagno
 
 def _outcome(comparison: Comparison, item: CandidateResult) -> Iterator[Diagnosis]:
     base = comparison.baseline
-    gold, kl = comparison.difference(item.name, base, "gold"), comparison.difference(item.name, base, "kl")
+    gold = comparison.difference(item.name, base, "gold")
     proxy = comparison.difference(item.name, base, "reward") if "reward" in comparison.metrics else None
     gained = proxy is not None and proxy.clear and proxy.ci.above_zero
     also = f" and the reward model's score by {proxy}" if proxy else ""
@@ -77,13 +79,21 @@ def _outcome(comparison: Comparison, item: CandidateResult) -> Iterator[Diagnosi
             "a lower learning rate or fewer epochs, and look at the samples.",
         )
     elif not gold.clear and not (proxy and proxy.clear) and gold.n >= FEWEST_PROMPTS:
-        moved = "It did move away from the reference" if kl.clear else "It hardly moved from the reference either"
-        yield Diagnosis(
-            "learned nothing that shows",
-            "warn",
-            f"Gold changed by {gold}{also} against {base}: not told from chance. {moved} (KL {kl} nats).",
-            "a cleaner or denser reward signal." if kl.clear else "a higher learning rate or more steps.",
-        )
+        yield _undecided(item, f"Gold changed by {gold}{also} against {base}: not told from chance.")
+
+
+def _undecided(item: CandidateResult, evidence: str) -> Diagnosis:
+    """Say why a method's gain does not show: its runs end far apart, the signal is poor, or it never moved."""
+    if item.kl < KL_MOVED:
+        moved = f"It hardly moved from the reference either (KL {show(item.kl)} nats)."
+        return Diagnosis(NOTHING, "warn", f"{evidence} {moved}", "a higher learning rate or more steps.")
+    golds = [run.gold for run in item.runs]
+    if len(golds) > 1:
+        runs = f"Gold of its runs: {', '.join(map(show, golds))}, at KL {show(item.kl)} nats."
+        advice = "more seeds to tell; a lower learning rate or a larger kl_coef or beta, so that runs end alike."
+        return Diagnosis("too few seeds for runs this far apart", "warn", f"{evidence} {runs}", advice)
+    moved = f"It did move away from the reference (KL {show(item.kl)} nats)."
+    return Diagnosis(NOTHING, "warn", f"{evidence} {moved}", "a cleaner or denser reward signal.")
 
 
 def _drift(comparison: Comparison, item: CandidateResult) -> Iterator[Diagnosis]:

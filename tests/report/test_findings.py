@@ -41,6 +41,14 @@ def test_differences_not_told_from_chance_mean_nothing_learned(kl, words):
     assert words in found.evidence
 
 
+def test_runs_that_end_far_apart_are_no_sign_that_nothing_was_learned():
+    sft = samples("sft")
+    runs = [samples(f"grpo@{seed}", gold=gold, kl=20.0) for seed, gold in ((1, -0.4), (2, 0.5), (3, 0.1))]
+    (found,) = [item for item in diagnose(comparison(sft, *runs), {}) if item.subject == "grpo"]
+    assert found.name == "too few seeds for runs this far apart"
+    assert "Gold of its runs: -0.32, 0.58, 0.18, at KL 20.0 nats" in found.evidence
+
+
 def test_without_a_proxy_gold_speaks_alone():
     sft, worse, idle = (samples(name, gold=gold, reward=None) for name, gold in (("a", 0.0), ("b", -1.0), ("c", 0.0)))
     found = diagnose(comparison(sft, worse, idle), {})
