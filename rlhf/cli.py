@@ -147,7 +147,14 @@ def plan(loaded: LoadedRecipe, as_json: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="The HTML report; the numbers go beside it as JSON.",
+)
 @reports_errors
 def compare(runs: tuple[Path, ...], output: Path) -> None:
     """Compare the candidates of finished RUNS, sampled on the same prompts, in one report."""

@@ -17,7 +17,10 @@ from rlhf.report.frontier import paths
 from rlhf.report.results import CandidateResult, CandidateSamples, Comparison, FrontierPoint, Interval
 
 # Seen well on white and on dark, and apart from each other with colour-blind eyes (after Tol's bright scheme).
-PALETTE = ("#4a86c5", "#e0713a", "#2b9d6e", "#a968c0", "#c9992b", "#d1506f")
+PALETTE = (
+    "#4a86c5", "#e0713a", "#2b9d6e", "#a968c0", "#c9992b", "#d1506f", "#3fb1c4", "#8f7251", "#7fa32e", "#e08fbd",
+    "#6b6fd6", "#b8533f",
+)  # fmt: skip
 PLAIN = "#7d8694"
 
 # Shown first, in this order; what a stage logs beyond these comes after, by name.

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+NAMED_GAPS = 2
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Return one row per method, best gold first, each number with its interval; what nobody measured is left out."""
     from rich.table import Table
@@ -48,7 +51,10 @@ def verdict(comparison: Comparison) -> str:
     if all(gap.clear for gap in gaps):
         leads = " and ".join(f"{gap} over {gap.baseline}" for gap in gaps)
         return f"{best.name} wins by gold reward, {show(best.gold)} {best.gold_ci}: {leads} ({scale})."
-    open_gaps = ", ".join(f"{gap} over {gap.baseline}{_chance(gap)}" for gap in gaps if not gap.clear)
+    undecided = [gap for gap in gaps if not gap.clear]
+    open_gaps = ", ".join(f"{gap} over {gap.baseline}{_chance(gap)}" for gap in undecided[:NAMED_GAPS])
+    if len(undecided) > NAMED_GAPS:
+        open_gaps += f", nor is it sure over {', '.join(gap.baseline for gap in undecided[NAMED_GAPS:])}"
     settled = [gap.baseline for gap in gaps if gap.clear]
     beaten = f" It does beat {' and '.join(settled)}." if settled else ""
     return f"No clear winner. Highest is {lead}, but its lead may be chance: {open_gaps} ({scale}).{beaten}"

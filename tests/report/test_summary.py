@@ -153,3 +153,12 @@ def test_intervals_turn_around_and_know_their_side_of_zero():
     assert Interval(-0.2, -0.1).below_zero
     assert not Interval(0.0, 0.2).above_zero
     assert str(Interval(-math.inf, math.inf)) == "[unknown]"
+
+
+def test_a_verdict_over_many_methods_stays_short():
+    names = ("sft", "a", "b", "c", "d")
+    found = comparison(*(samples(name, gold=0.01 * place, noise=0.5) for place, name in enumerate(names)))
+    text = verdict(found)
+    assert text.startswith("No clear winner. Highest is d ")
+    assert text.count("] over ") == 2
+    assert ", nor is it sure over a, sft (" in text
