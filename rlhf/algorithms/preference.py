@@ -152,8 +152,6 @@ PAIR_LOSSES: dict[str, Callable[..., PreferenceLoss]] = {
     "orpo": orpo_loss,
 }
 """The recipe's `kind` -> its loss, whose settings have the names of the recipe's keys."""
-REFERENCE_FREE = frozenset({"simpo", "orpo"})
-"""The kinds whose loss does not read the reference's log-probabilities."""
 
 
 def _rewards(pairs: PairLogprobs, beta: float) -> tuple[Tensor, Tensor]:

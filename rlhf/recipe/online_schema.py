@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from rlhf.recipe.base import FileData, Fraction, FunctionJudge, Judge, Lora, Optimizer, Positive, Strict
 from rlhf.recipe.stage_base import StageBase
+
+Aggregation = Annotated[
+    Literal["token", "sequence", "constant"],
+    Field(
+        description="mean of the loss over all response tokens, over sequences of their token means (GRPO), or sum "
+        "divided by sequences times max_response_tokens (Dr. GRPO)"
+    ),
+]
+KlCoef = Annotated[float, Field(ge=0, description="weight of the per-token KL to the reference")]
+KlIn = Annotated[Literal["reward", "loss"], Field(description="where the KL is taken from")]
+KlEstimator = Annotated[
+    Literal["k1", "k2", "k3"],
+    Field(description="in the loss take k2 or k3: the gradient of k1 there is 0 in the mean"),
+]
 
 
 class Agreement(Strict):
@@ -56,17 +70,11 @@ class PolicyGradientStage(OnlineStage):
 
     clip_range: Positive = 0.2
     clip_range_high: Positive | None = Field(None, description="upper clip, if wider (clip-higher, Yu et al. 2025)")
-    aggregation: Literal["token", "sequence", "constant"] = Field(
-        "token",
-        description="mean of the loss over all response tokens, over sequences of their token means (GRPO), or sum "
-        "divided by sequences times max_response_tokens (Dr. GRPO)",
-    )
+    aggregation: Aggregation = "token"
     importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
-    kl_coef: float = Field(0.02, ge=0, description="weight of the per-token KL to the reference")
-    kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="in the loss take k2 or k3: the gradient of k1 there is 0 in the mean"
-    )
+    kl_coef: KlCoef = 0.02
+    kl_in: KlIn = "reward"
+    kl_estimator: KlEstimator = "k1"
     target_kl: Positive | None = Field(
         None, description="adapt kl_coef so that the sequence KL goes to this many nats (Ziegler et al. 2019)"
     )
@@ -89,26 +97,28 @@ class PpoStage(PolicyGradientStage):
     gae_lambda: Fraction = 0.95
 
 
-class GrpoStage(PolicyGradientStage):
+class GroupStage(PolicyGradientStage):
+    """What GRPO and Dr. GRPO share: a sample is held against the others of its prompt, and the KL is in the loss."""
+
+    samples_per_prompt: int = Field(8, ge=2)
+    kl_in: KlIn = "loss"
+    kl_estimator: KlEstimator = "k3"
+
+
+class GrpoStage(GroupStage):
     """GRPO (Shao et al. 2024): scores centred and scaled within the group of a prompt's samples, no critic."""
 
     kind: Literal["grpo"]
-    samples_per_prompt: int = Field(8, ge=2)
-    aggregation: Literal["token", "sequence", "constant"] = "sequence"
-    kl_coef: float = Field(0.04, ge=0)
-    kl_in: Literal["reward", "loss"] = "loss"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    aggregation: Aggregation = "sequence"
+    kl_coef: KlCoef = 0.04
 
 
-class DrGrpoStage(PolicyGradientStage):
+class DrGrpoStage(GroupStage):
     """Dr. GRPO (Liu et al. 2025): GRPO without the division by the group's spread and by response lengths."""
 
     kind: Literal["dr_grpo"]
-    samples_per_prompt: int = Field(8, ge=2)
-    aggregation: Literal["token", "sequence", "constant"] = "constant"
-    kl_coef: float = Field(0.0, ge=0)
-    kl_in: Literal["reward", "loss"] = "loss"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    aggregation: Aggregation = "constant"
+    kl_coef: KlCoef = 0.0
 
 
 class RlooStage(PolicyGradientStage):
@@ -116,7 +126,7 @@ class RlooStage(PolicyGradientStage):
 
     kind: Literal["rloo"]
     samples_per_prompt: int = Field(4, ge=2)
-    kl_coef: float = Field(0.05, ge=0)
+    kl_coef: KlCoef = 0.05
 
 
 class ReinforceStage(PolicyGradientStage):

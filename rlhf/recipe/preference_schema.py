@@ -72,3 +72,5 @@ class KtoStage(PreferenceStage):
 
 AnyPairStage = DpoStage | RobustDpoStage | IpoStage | HingeStage | SimpoStage | OrpoStage
 AnyPreferenceStage = AnyPairStage | KtoStage
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+"""The kinds whose loss does not read the reference's log-probabilities."""

@@ -9,7 +9,7 @@ from rlhf.recipe.base import HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_base import Training
+from rlhf.recipe.stage_base import StageBase, Training
 from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
 Schedule = Mapping[str, int]
@@ -55,8 +55,14 @@ def row_count(data: PathData | HubData) -> int | None:
 
 def longest(recipe: Recipe) -> int:
     """Return the most tokens, prompt and response, that the rollout engine sees in any stage; 0 without one."""
-    sampling = (stage for stage in recipe.stages if isinstance(stage, AnnotateStage | OnlineStage | CompareStage))
-    return max((_tokens(stage) for stage in sampling), default=0)
+    return max(sequence_tokens(stage) for stage in recipe.stages)
+
+
+def sequence_tokens(stage: StageBase) -> int:
+    """Return the most tokens, prompt and response, that a stage gives the rollout engine; 0 where it uses none."""
+    if isinstance(stage, AnnotateStage | OnlineStage | CompareStage):
+        return stage.max_prompt_tokens + stage.max_response_tokens
+    return 0
 
 
 def microbatch_tokens(stage: Stage) -> int:
@@ -67,14 +73,10 @@ def microbatch_tokens(stage: Stage) -> int:
         case RewardStage() | PreferenceStage():
             row, rows = 2 * stage.max_length, stage.batch_size
         case OnlineStage():
-            row, rows = _tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
+            row, rows = sequence_tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
         case _:
-            return max(_tokens(stage), stage.max_tokens_per_microbatch)
+            return max(sequence_tokens(stage), stage.max_tokens_per_microbatch)
     return max(row, min(row * rows, stage.max_tokens_per_microbatch))
-
-
-def _tokens(stage: AnnotateStage | OnlineStage | CompareStage) -> int:
-    return stage.max_prompt_tokens + stage.max_response_tokens
 
 
 def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:
@@ -110,7 +112,7 @@ def _pairs(recipe: Recipe, name: str) -> int | None:
 
 def _sampling(stage: AnnotateStage | CompareStage, prompts: int | None, samples: int) -> dict[str, int]:
     known = {} if prompts is None else {"rollouts": prompts * samples}
-    return {**known, "max_tokens": _tokens(stage)}
+    return {**known, "max_tokens": sequence_tokens(stage)}
 
 
 def _online(stage: OnlineStage) -> dict[str, int]:
@@ -124,5 +126,5 @@ def _online(stage: OnlineStage) -> dict[str, int]:
         "optimizer_steps_per_step": stage.epochs * minibatches,
         "optimizer_steps": stage.steps * stage.epochs * minibatches,
         "rollouts": stage.steps * sequences,
-        "max_tokens": _tokens(stage),
+        "max_tokens": sequence_tokens(stage),
     }

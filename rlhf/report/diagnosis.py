@@ -13,6 +13,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Literal
 
+from rlhf.recipe.preference_schema import REFERENCE_FREE
 from rlhf.report.curves import Curve, series
 from rlhf.report.results import show
 
@@ -32,7 +33,6 @@ FEWEST_STEPS = 16
 WINDOWS = 8
 SURE = 4.0
 LIKELY = 2.0
-REFERENCE_FREE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, RecipeError
 from rlhf.report.curves import Curve, read_curves
 from rlhf.report.evaluation import merge, read_evaluation
 from rlhf.report.html import write_html
@@ -21,8 +21,11 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
     """Write the report of several run folders (HTML, and JSON beside it) and return the comparison.
 
     With one folder this is its own report again. Candidates and curves of several are named `run/stage`.
-    Raises DataError when a folder has no finished comparison or the runs were not compared on an equal footing.
+    Raises DataError when a folder has no finished comparison or the runs were not compared on an equal footing, and
+    RecipeError when `output` cannot be written so.
     """
+    if output.suffix == ".json" or not output.absolute().parent.is_dir():
+        raise RecipeError(f"--output {output}: give an HTML file in a folder that exists; the JSON goes beside it")
     runs = _named(folders)
     evaluations = {name: read_evaluation(folder) for name, folder in runs.items()}
     first = next(iter(runs))
@@ -36,7 +39,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
         evaluation.candidates,
         evaluation.facts,
         recipes={name: _recipe(folder) for name, folder in runs.items()} if len(runs) > 1 else None,
-        environment=_environment(runs[first]),
+        environment=read_environment(runs[first]),
     )
     return comparison
 
@@ -66,6 +69,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def read_environment(folder: Path) -> dict[str, str]:
+    """Return the versions that a run folder says it was made with, by name."""
     found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     return {"python": found["python"], "platform": found["platform"], **found["packages"]}

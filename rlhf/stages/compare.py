@@ -20,7 +20,8 @@ from rlhf.report.evaluation import Evaluation, write_evaluation
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
-from rlhf.report.results import CandidateSamples, Cost, FrontierPoint, Sample
+from rlhf.report.results import CandidateSamples, Comparison, Cost, FrontierPoint, Sample
+from rlhf.report.runs import read_environment
 from rlhf.report.wins import write_leaderboard
 from rlhf.stages.context import StageContext
 from rlhf.stages.evaluate import Drawn, draw, heldout_pairs, implicit_accuracy, judged, sequence_kl
@@ -37,8 +38,9 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     rows = read_prompts(stage.prompts)
     drawn = _draw_all(rows, stage, context)
     reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
-    kl = sequence_kl(drawn, rows, reference, stage.baseline)
-    pad_id = drawn[stage.baseline].tokenizer.pad_id
+    tokenizer = context.tokenizer(stage.baseline)
+    kl = sequence_kl(drawn, rows, reference, tokenizer, stage.baseline)
+    pad_id = tokenizer.pad_id
     golds = judged(drawn, context.judge(stage.gold, pad_id), stage.samples_per_prompt)
     rewards: Mapping[str, Sequence[float | None]] = dict.fromkeys(drawn, [None] * len(golds[stage.baseline]))
     if stage.reward:
@@ -47,8 +49,9 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     for name in stage.candidates:
         write_samples(context.folder / "samples" / name, 0, drawn[name].rollouts, golds[name])
     evaluation = _evaluation(samples, implicit_accuracy(drawn, stage.baseline), rows, stage, context)
-    _write(evaluation, context)
-    return {result.name: result.gold for result in evaluation.compare().candidates}
+    comparison = evaluation.compare()
+    _write(evaluation, comparison, context)
+    return {result.name: result.gold for result in comparison.candidates}
 
 
 def _samples(
@@ -66,8 +69,9 @@ def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageCont
     if stage.frontier and not isinstance(stage.gold, LlmJudge):  # who judges by comparing sees the candidates only
         names += [saved for name in stage.candidates for saved in context.saved(name)]
     pairs = heldout_pairs(stage, context)
-    words = {name: context.tokenizer(name).fingerprint() for name in stage.candidates}
-    foreign = [name for name in stage.candidates if words[name] != words[stage.baseline]]
+    tokenizers = {name: context.tokenizer(name) for name in stage.candidates}
+    own = tokenizers[stage.baseline].fingerprint()
+    foreign = [name for name, tokenizer in tokenizers.items() if tokenizer.fingerprint() != own]
     if foreign and any(isinstance(judge, ModelJudge) for judge in (stage.gold, stage.reward)):
         raise DataError(
             f"{foreign[0]} has another tokenizer than {stage.baseline}, and a reward model reads token ids: leave"
@@ -76,7 +80,9 @@ def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageCont
     context.tracker.begin("sampling", len(names))
     drawn: dict[str, Drawn] = {}
     for index, name in enumerate(names):
-        drawn[name] = draw(name, rows, pairs if words.get(name) == words[stage.baseline] else [], stage, context)
+        candidate = name.partition("/")[0]
+        asked = pairs if name in stage.candidates and name not in foreign else []
+        drawn[name] = draw(name, tokenizers[candidate], candidate in foreign, rows, asked, stage, context)
         lengths = [len(rollout.tokens) for rollout in drawn[name].rollouts]
         context.tracker.advance(index + 1, {"length": sum(lengths) / len(lengths)})
     return drawn
@@ -187,11 +193,8 @@ def _curves(run: Path, evaluation: Evaluation, context: StageContext) -> dict[st
     return {name: curve for name, curve in read_curves(run).items() if name not in others}
 
 
-def _write(evaluation: Evaluation, context: StageContext) -> None:
+def _write(evaluation: Evaluation, comparison: Comparison, context: StageContext) -> None:
     run = context.folder.parent.parent
-    comparison = evaluation.compare()
-    packages = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    environment = {"python": packages["python"], "platform": packages["platform"], **packages["packages"]}
     write_evaluation(context.folder, evaluation)
     write_json(context.folder / "report.json", comparison)
     write_leaderboard(context.folder / "leaderboard.csv", comparison)
@@ -201,5 +204,5 @@ def _write(evaluation: Evaluation, context: StageContext) -> None:
         _curves(run, evaluation, context),
         evaluation.candidates,
         evaluation.facts,
-        environment=environment,
+        environment=read_environment(run),
     )

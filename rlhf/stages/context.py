@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf.recipe.resources import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import Stage
+from rlhf.report.results import Cost
 from rlhf.rewards.chat import ChatJudge
 from rlhf.rewards.engine import EngineJudge
 from rlhf.rewards.function import FunctionReward
@@ -54,23 +56,17 @@ class StageContext:
         seed = self.recipe.seed if self.stage.seed is None else self.stage.seed
         return derive(seed, self.stage.name.partition(MARK)[0], *parts)
 
-    def cost(self) -> dict[str, float]:
-        """Return what the stage has spent so far: tokens, seconds, and seconds times accelerators."""
-        spent = self.tracker.cost
-        return {
-            "gradient_tokens": spent.gradient_tokens,
-            "generated_tokens": spent.generated_tokens,
-            "seconds": spent.seconds,
-            "accelerator_seconds": spent.seconds * self.devices,
-        }
+    def cost(self) -> Cost:
+        """Return what the stage has spent so far."""
+        tracker, seconds = self.tracker, time.monotonic() - self.tracker.started
+        return Cost(tracker.gradient_tokens, tracker.generated_tokens, seconds, seconds * self.devices)
 
     def spent(self) -> float:
         """Return the share of the recipe's budget that this stage has used, by the nearest limit; 0 without one."""
         budget = self.recipe.budget
         if budget is None or not isinstance(self.stage, OnlineStage | PreferenceStage):
             return 0.0
-        used, limits = self.cost(), budget.model_dump(exclude_none=True)
-        return max((used[name] / limit for name, limit in limits.items()), default=0.0)
+        return self.cost().share(budget)
 
     def total_steps(self, step: int, planned: int) -> int:
         """Return how many steps the stage will make: those planned, or fewer where the budget ends before."""

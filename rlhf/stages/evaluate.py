@@ -28,7 +28,8 @@ from rlhf.types import PreferenceBatch, Rollout, Sampling, TokenBatch
 class Drawn:
     """A model's rollouts, sample by sample and prompt by prompt, and its own sequence logprobs of them `[B]`.
 
-    `entropy` `[B]` is the mean of its token entropies in each response, in nats.
+    `entropy` `[B]` is the mean of its token entropies in each response, in nats; `foreign` says that its tokenizer is
+    not the baseline's.
     `margins` `[P]` are log p(chosen) - log p(rejected) of the held-out pairs, `[0]` where there are none or where the
     model has another tokenizer than the pairs.
     """
@@ -37,14 +38,19 @@ class Drawn:
     logprobs: Tensor
     entropy: Tensor
     margins: Tensor
-    tokenizer: ChatTokenizer
+    foreign: bool
 
 
 def draw(
-    name: str, rows: Sequence[PromptRow], pairs: Sequence[Pair], stage: CompareStage, context: StageContext
+    name: str,
+    tokenizer: ChatTokenizer,
+    foreign: bool,
+    rows: Sequence[PromptRow],
+    pairs: Sequence[Pair],
+    stage: CompareStage,
+    context: StageContext,
 ) -> Drawn:
     """Sample a model (a candidate, or `candidate/step-3`) with the stage's settings; all models get the same seeds."""
-    tokenizer = context.tokenizer(name)
     prompts = tokenize_prompts(rows, tokenizer, stage.max_prompt_tokens)
     engine = context.launcher.rollout(context.rollout(name))
     policy = context.launcher.policy(context.frozen("policy", "causal", name, stage.temperature))
@@ -59,7 +65,7 @@ def draw(
         logprobs=sequence_logprobs(scores.logprobs, mask),
         entropy=scores.entropy.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1),
         margins=_margins(policy, pairs, tokenizer.pad_id),
-        tokenizer=tokenizer,
+        foreign=foreign,
     )
 
 
@@ -71,23 +77,24 @@ def heldout_pairs(stage: CompareStage, context: StageContext) -> list[Pair]:
 
 
 def sequence_kl(
-    drawn: Mapping[str, Drawn], rows: Sequence[PromptRow], reference: Reference, baseline: str
+    drawn: Mapping[str, Drawn], rows: Sequence[PromptRow], reference: Reference, tokenizer: ChatTokenizer, baseline: str
 ) -> dict[str, Tensor]:
-    """Return log pi - log ref of every sample, `[B]` per model; exactly 0 for the baseline, which is the reference.
+    """Return log pi - log ref of every sample, `[B]` per model; 0 for the baseline, which is the reference.
 
-    A model with a tokenizer of its own is compared by text: the reference scores the response as it would write it.
+    `tokenizer` is the baseline's. A model with a tokenizer of its own is compared by text: the reference scores the
+    response as it would write it.
     """
-    base = drawn[baseline].tokenizer
-    found = {}
+    found = {baseline: torch.zeros_like(drawn[baseline].logprobs)}
     for name, item in drawn.items():
+        if name == baseline:
+            continue
         batch = (
-            collate_rollouts(item.rollouts, base.pad_id)
-            if item.tokenizer.fingerprint() == base.fingerprint()
-            else _retokenised(item.rollouts, rows, base)
+            _retokenised(item.rollouts, rows, tokenizer)
+            if item.foreign
+            else collate_rollouts(item.rollouts, tokenizer.pad_id)
         )
-        found[name] = item.logprobs - sequence_logprobs(
-            reference.logprobs(batch).result().logprobs, batch.response_mask
-        )
+        scored = reference.logprobs(batch).result().logprobs
+        found[name] = item.logprobs - sequence_logprobs(scored, batch.response_mask)
     return found
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.logprobs import sequence_logprobs
-from rlhf.algorithms.preference import PAIR_LOSSES, REFERENCE_FREE, PairLoss
+from rlhf.algorithms.preference import PAIR_LOSSES, PairLoss
 from rlhf.data.collate import collate_pairs
 from rlhf.data.sequences import TokenPair
 from rlhf.engines.preference_objectives import Preference
-from rlhf.recipe.preference_schema import AnyPairStage
+from rlhf.recipe.preference_schema import REFERENCE_FREE, AnyPairStage
 from rlhf.roles import Reference
 from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs

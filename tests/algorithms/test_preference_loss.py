@@ -9,7 +9,6 @@ import torch
 
 from rlhf.algorithms.preference import (
     PAIR_LOSSES,
-    REFERENCE_FREE,
     PairLogprobs,
     dpo_loss,
     hinge_loss,
@@ -22,7 +21,7 @@ from rlhf.algorithms.preference import (
     token_means,
 )
 from rlhf.algorithms.reward_model import bradley_terry_loss
-from rlhf.recipe.preference_schema import AnyPairStage
+from rlhf.recipe.preference_schema import REFERENCE_FREE, AnyPairStage
 
 # logratios: chosen 2 and -1, rejected -2 and 1, so with beta 0.5 the margins are 2 and -1
 CHOSEN, REF_CHOSEN = torch.tensor([-10.0, -7.0]), torch.tensor([-12.0, -6.0])

@@ -117,6 +117,14 @@ def test_runs_on_other_prompts_are_not_comparable(run, tmp_path):
     assert "not compared on an equal footing: temperature is 1.0 in one and 0.5 in the other" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["report.json", "nowhere/report.html"])
+def test_a_report_that_cannot_be_written_so_is_refused(run, tmp_path, name):
+    result = CliRunner().invoke(main, ["compare", str(run), "-o", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "give an HTML file in a folder that exists" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A model of another shape and another vocabulary than the recipe's."""

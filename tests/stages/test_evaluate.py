@@ -25,9 +25,9 @@ def rollout(prompt: str, text: str) -> Rollout:
     return Rollout(Prompt(prompt, (9, 9), prompt), (7, TURN_END), (-1.0, -1.0), text, "stop", 0, 0)
 
 
-def drawn(tokenizer, logprobs=(0.0, 0.0), margins=(), texts=("x", "y")) -> Drawn:
+def drawn(logprobs=(0.0, 0.0), margins=(), texts=("x", "y")) -> Drawn:
     rollouts = [rollout("p0", texts[0]), rollout("p1", texts[1])]
-    return Drawn(rollouts, torch.tensor(logprobs), torch.ones(2), torch.tensor(margins), tokenizer)
+    return Drawn(rollouts, torch.tensor(logprobs), torch.ones(2), torch.tensor(margins), foreign=False)
 
 
 class Constant:
@@ -42,25 +42,25 @@ class Constant:
 
 
 def test_the_log_ratio_of_a_sample_is_its_own_logprob_less_the_references(tiny_tokenizer):
-    models = {"sft": drawn(tiny_tokenizer, (-4.0, -4.0)), "ppo": drawn(tiny_tokenizer, (-1.0, -3.0))}
-    found = sequence_kl(models, [], Constant(-2.0), "sft")
+    models = {"sft": drawn((-4.0, -4.0)), "ppo": drawn((-1.0, -3.0))}
+    found = sequence_kl(models, [], Constant(-2.0), tiny_tokenizer, "sft")
     assert found["sft"].tolist() == [0.0, 0.0]
     assert found["ppo"].tolist() == [3.0, 1.0]
 
 
-def test_implicit_accuracy_counts_what_the_policy_gained_on_the_reference(tiny_tokenizer):
+def test_implicit_accuracy_counts_what_the_policy_gained_on_the_reference():
     models = {
-        "sft": drawn(tiny_tokenizer, margins=(1.0, -1.0, 0.0, 2.0)),
-        "dpo": drawn(tiny_tokenizer, margins=(2.0, -0.5, -1.0, 2.0)),
-        "foreign": drawn(tiny_tokenizer),
+        "sft": drawn(margins=(1.0, -1.0, 0.0, 2.0)),
+        "dpo": drawn(margins=(2.0, -0.5, -1.0, 2.0)),
+        "foreign": drawn(),
     }
     assert implicit_accuracy(models, "sft") == {"sft": None, "dpo": 2.5 / 4, "foreign": None}
 
 
-def test_answers_to_one_prompt_reach_the_judge_side_by_side(tiny_tokenizer):
+def test_answers_to_one_prompt_reach_the_judge_side_by_side():
     models = {
-        "a": drawn(tiny_tokenizer, texts=("a0", "a1")),
-        "b": drawn(tiny_tokenizer, texts=("b0", "b1")),
+        "a": drawn(texts=("a0", "a1")),
+        "b": drawn(texts=("b0", "b1")),
     }
     seen = []
 

@@ -31,7 +31,7 @@ def test_without_redraws_nothing_is_scored_before_it_is_asked_for(tmp_path):
     assert (len(engine.asked), reward.calls) == (1, [])
     assert ids(result) == engine.asked[0]
     assert result.score().result().tolist() == [1, 2, 3, 1, 2, 3]
-    assert (result.tokens, context.tracker.cost.generated_tokens, dict(result.metrics)) == (12, 12, {})
+    assert (result.tokens, context.tracker.generated_tokens, dict(result.metrics)) == (12, 12, {})
     seeds = [rollout.seed for rollout in result.rollouts]
     assert len(set(seeds)) == 6
     again, *_ = drawn(tmp_path, 6)
@@ -60,7 +60,7 @@ def test_a_flat_group_is_replaced_by_one_of_a_further_prompt(tmp_path):
     assert result.metrics["drawn_reward"] == pytest.approx((6 + 3 + 6) / 9)
     assert result.score().result().tolist() == [1, 2, 3, 1, 2, 3]
     assert reward.calls == [6, 3]
-    assert result.tokens == context.tracker.cost.generated_tokens == 18
+    assert result.tokens == context.tracker.generated_tokens == 18
 
 
 def test_redraws_end_when_every_group_has_spread(tmp_path):

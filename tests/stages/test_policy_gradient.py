@@ -93,7 +93,7 @@ def test_every_epoch_takes_every_row_once_and_its_tokens_are_counted(tmp_path):
     assert [len(rows) for rows in minibatches] == [4, 2] * 3
     assert all(sorted(minibatches[k] + minibatches[k + 1]) == list(range(6)) for k in (0, 2, 4))
     assert scale == 1
-    assert context.tracker.cost.gradient_tokens == 3 * batch.token_count() == 3 * (6 * 2 + 12)
+    assert context.tracker.gradient_tokens == 3 * batch.token_count() == 3 * (6 * 2 + 12)
 
 
 @pytest.mark.parametrize(("total", "scale"), [(10, 0.7), (4, 0.25)])
@@ -118,7 +118,7 @@ def test_ppo_trains_its_critic_on_the_same_minibatches(tmp_path):
     assert (metrics["grad_norm"], metrics["critic_grad_norm"], metrics["critic_skipped_steps"]) == (2, 2, 0)
     assert {"value", "explained_variance", "kl_penalty"} <= set(metrics)
     assert "kl_coef" not in metrics
-    assert context.tracker.cost.gradient_tokens == 2 * stage.epochs * (6 * 2 + 12)
+    assert context.tracker.gradient_tokens == 2 * stage.epochs * (6 * 2 + 12)
 
 
 def test_an_adaptive_kl_coef_follows_the_sequence_kl(tmp_path):
@@ -163,7 +163,7 @@ def test_online_dpo_trains_on_its_pairs_and_counts_both_sides(tmp_path):
     ((pairs, loss, minibatches, _),) = policy.lessons
     assert (metrics["pairs"], len(pairs), [len(rows) for rows in minibatches]) == (2, 2, [2, 2])
     assert (loss.temperature, loss.pair_loss.keywords) == (0.7, {"beta": 0.3})
-    assert context.tracker.cost.gradient_tokens == 2 * ((3 + 5) + (4 + 5))
+    assert context.tracker.gradient_tokens == 2 * ((3 + 5) + (4 + 5))
 
 
 def test_online_dpo_learns_nothing_where_all_is_tied(tmp_path):
@@ -171,4 +171,4 @@ def test_online_dpo_learns_nothing_where_all_is_tied(tmp_path):
     context = context_of(stage, tmp_path)
     metrics = OnlineDpo(stage, context, policy).learn(scored_of([1.0] * 6), 0, 10)
     assert dict(metrics) == {"pairs": 0}
-    assert (policy.lessons, context.tracker.cost.gradient_tokens) == ([], 0)
+    assert (policy.lessons, context.tracker.gradient_tokens) == ([], 0)
