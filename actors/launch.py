@@ -27,7 +27,8 @@ from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.resources import wanted
-from rlhf.recipe.schema import Recipe, Role, RolloutRole
+from rlhf.recipe.role_schema import Role, RolloutRole
+from rlhf.recipe.schema import Recipe
 
 log = logging.getLogger("rlhf")
 CONNECT_TIMEOUT_S = 10.0

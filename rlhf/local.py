@@ -15,7 +15,7 @@ from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
 from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.schema import Recipe
-from rlhf.roles import Ready, RolloutEngine, WeightReceipt
+from rlhf.roles import EnginePart, Ready, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
 
 
@@ -61,6 +61,16 @@ class LocalModel:
         self.learner.save(folder)
         return Ready(None)
 
+    def offload(self) -> Ready[None]:
+        """Move weights and optimizer out of accelerator memory."""
+        self.learner.offload()
+        return Ready(None)
+
+    def reload(self) -> Ready[None]:
+        """Move them back."""
+        self.learner.reload()
+        return Ready(None)
+
     def publish(self, engine: RolloutEngine, version: int) -> Ready[WeightReceipt]:
         """Copy the merged weights into the engine."""
         assert isinstance(engine, LocalRollout)
@@ -84,6 +94,14 @@ class LocalRollout:
         start = time.perf_counter()
         checksum = self.engine.load(folder, version)
         return Ready(WeightReceipt(version, checksum, 0, time.perf_counter() - start))
+
+    def sleep(self) -> Ready[None]:
+        """Nothing to do: `transformers` keeps no cache between calls, and its weights are this process's."""
+        return Ready(None)
+
+    def wake(self, part: EnginePart) -> Ready[None]:
+        """Nothing to do."""
+        return Ready(None)
 
     def receive(self, learner: ModelLearner, version: int) -> WeightReceipt:
         """Serve the learner's merged weights."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
 
 T_co = TypeVar("T_co", covariant=True)
+EnginePart = Literal["weights", "kv_cache"]
 
 
 class Pending(Protocol[T_co]):
@@ -61,6 +62,14 @@ class Learner(Protocol):
 
     def save(self, folder: Path) -> Pending[None]:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
+        ...
+
+    def offload(self) -> Pending[None]:
+        """Move weights, gradients and optimizer out of accelerator memory; nothing to do on CPU."""
+        ...
+
+    def reload(self) -> Pending[None]:
+        """Move them back."""
         ...
 
 
@@ -130,6 +139,14 @@ class RolloutEngine(Protocol):
 
     def load(self, folder: Path, version: int) -> Pending[WeightReceipt]:
         """Serve the weights of a Hugging Face folder of the same architecture."""
+        ...
+
+    def sleep(self) -> Pending[None]:
+        """Drop weights and KV cache from accelerator memory; nothing to do on CPU."""
+        ...
+
+    def wake(self, part: EnginePart) -> Pending[None]:
+        """Get room for one of them again: for weights, which must then be published, before the KV cache."""
         ...
 
 

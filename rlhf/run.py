@@ -26,7 +26,7 @@ from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.recipe.plan import headline, make_plan
-from rlhf.recipe.resources import local_resources, threads, wanted
+from rlhf.recipe.resources import accelerators, local_resources, threads
 from rlhf.recipe.schedule import longest, sequence_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
@@ -115,7 +115,7 @@ def _run_stages(recipe: Recipe, folder: Path, models: Mapping[str, Path], launch
             tracker=tracker,
             threads=threads(recipe, stage, int(resources.cpus)),
             max_length=longest(recipe),
-            devices=sum(role.gpus * role.count for role in wanted(recipe, stage).values()) or resources.cpus,
+            devices=accelerators(recipe, stage) or resources.cpus,
         )
         began = time.monotonic()
         summary = _run_stage(stage, context)

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, TypeVar
 from torch import Tensor, nn
 
 from rlhf.recipe.base import Lora, Optimizer
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import Offload, RolloutRole, ZeroStage
 from rlhf.types import Metrics, Rows
 
 B = TypeVar("B", bound=Rows)
@@ -21,7 +21,8 @@ class LearnerSpec:
     """All that is needed to build a model in any process.
 
     checkpoint is a Hugging Face folder; `kind` causal has a language-model head, scalar a score head.
-    `lora` None trains every weight; `optimizer` None freezes the model.
+    `lora` None trains every weight; `optimizer` None freezes the model. `ranks` processes share every batch, and what
+    `zero_stage` says of the model's state.
     """
 
     role: str
@@ -35,6 +36,10 @@ class LearnerSpec:
     temperature: float
     threads: int
     seed: int
+    ranks: int = 1
+    zero_stage: ZeroStage = 2
+    offload: Offload = "none"
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

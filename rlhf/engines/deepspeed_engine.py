@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf.engines.base import B, Objective
-from rlhf.engines.microbatch import token_budget
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
+from rlhf.engines.shares import rank_shares
 from rlhf.engines.torch_engine import step_metrics
 from rlhf.errors import RecipeError
 from rlhf.models.lora import trainable_parameters
@@ -30,21 +30,6 @@ LARGEST_BUCKET = 500_000_000
 
 WHOLE_BELOW = 100_000
 """ZeRO-3 keeps parameters with fewer elements whole on every rank."""
-
-
-def rank_shares(lengths: Tensor, ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Return the passes of each rank, each a list of rows, so that all ranks have equally many.
-
-    lengths `[rows]`. Rows are dealt longest first, so the ranks' work is alike; every row is in exactly one pass.
-    A rank that runs out of rows gets empty passes.
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    shares = []
-    for rank in range(ranks):
-        mine = order[rank::ranks]
-        shares.append([mine[group].tolist() for group in token_budget(lengths[mine], max_tokens)])
-    passes = max(len(share) for share in shares)
-    return [share + [[] for _ in range(passes - len(share))] for share in shares]
 
 
 class DeepSpeedEngine:

@@ -85,6 +85,12 @@ class ModelLearner:
         """Fold (score - mean) / std into the scalar head."""
         fold_standardisation(self.model, mean, std)
 
+    def offload(self) -> None:
+        """Move weights, gradients and optimizer to main memory."""
+
+    def reload(self) -> None:
+        """Move them back to the device."""
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) as in the Hugging Face checkpoint, adapters merged."""
         return merged_weights(self.model)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf.recipe.base import Lora
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 
 BYTES = {"bfloat16": 2, "float32": 4}
 

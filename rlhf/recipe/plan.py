@@ -13,9 +13,10 @@ from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.resources import Resources, RoleName, adapters, processes, threads, wanted
+from rlhf.recipe.resources import Resources, adapters, processes, reference_in_policy, threads, wanted
+from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.schedule import Schedule, longest, microbatch_tokens, schedule
-from rlhf.recipe.schema import Recipe, RolloutRole
+from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds, method
 from rlhf.recipe.stage_schema import SftStage, Stage, judges
 
@@ -200,7 +201,7 @@ def _places(recipe: Recipe) -> dict[str, str]:
         role = getattr(recipe.roles, name)
         engine = f" ({role.engine})" if isinstance(role, RolloutRole) else ""
         places[name] = f"{count}{where}{engine}"
-    if recipe.roles.reference.share and any(isinstance(stage, OnlineStage) for stage in recipe.stages):
+    if any(isinstance(stage, OnlineStage) and reference_in_policy(recipe, stage) for stage in recipe.stages):
         places["reference"] = "in policy"
     return places
 

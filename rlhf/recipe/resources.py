@@ -11,10 +11,9 @@ from rlhf.errors import ResourceError
 from rlhf.recipe.base import LlmJudge, Lora, ModelJudge
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.schema import Recipe, RolloutRole
+from rlhf.recipe.role_schema import RoleName, RolloutRole
+from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
-
-RoleName = Literal["policy", "reference", "reward", "critic", "rollout", "judge"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a role asks for: `gpus` and `cpus` of each of its `count` processes."""
+    """What a role asks for: `gpus` and `cpus` of each of its `count` processes; `shares` names whose GPUs they are."""
 
     gpus: float
     cpus: float
     count: int
+    shares: RoleName | None = None
 
 
 def local_resources() -> Resources:
@@ -58,8 +58,27 @@ def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
     found: dict[RoleName, Wanted] = {}
     for name in _roles(recipe, stage):
         role = getattr(recipe.roles, name)
-        found[name] = Wanted(role.gpus, role.cpus, role.replicas if isinstance(role, RolloutRole) else 1)
+        shares = getattr(role, "share", None)
+        found[name] = Wanted(getattr(recipe.roles, shares or name).gpus, role.cpus, process_count(recipe, name), shares)
     return found
+
+
+def accelerators(recipe: Recipe, stage: Stage) -> float:
+    """Return the GPUs that a stage's roles hold, shared ones once."""
+    owners = {role.shares or name: role for name, role in wanted(recipe, stage).items()}
+    counts = {name: process_count(recipe, name) for name in owners}
+    return sum(owners[name].gpus * counts[name] for name in owners)
+
+
+def process_count(recipe: Recipe, name: RoleName) -> int:
+    """Return the processes of a role."""
+    role = getattr(recipe.roles, name)
+    return role.replicas if isinstance(role, RolloutRole) else role.ranks
+
+
+def reference_in_policy(recipe: Recipe, stage: OnlineStage) -> bool:
+    """Return whether the reference needs no weights of its own: the policy's adapters are switched off instead."""
+    return recipe.roles.reference.share == "policy" and adapters(recipe, stage.lora) is not None
 
 
 def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
@@ -71,7 +90,7 @@ def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
         case AnnotateStage():
             return (*_reward(stage.judge), "rollout")
         case OnlineStage():
-            reference: tuple[RoleName, ...] = () if recipe.roles.reference.share else ("reference",)
+            reference: tuple[RoleName, ...] = () if reference_in_policy(recipe, stage) else ("reference",)
             critic: tuple[RoleName, ...] = ("critic",) if isinstance(stage, PpoStage) else ()
             return ("policy", *reference, *_reward(stage.reward), *critic, "rollout")
         case CompareStage():
@@ -85,17 +104,23 @@ def _reward(*judges: object) -> tuple[RoleName, ...]:
 
 
 def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
-    """Return the CPU threads of each role of a stage.
+    """Return the CPU threads of each process of a role in a stage.
 
-    Processes busy at the same time must not want more threads than there are cores, since spinning OpenMP
-    barriers then cost a factor of ten. While an engine generates nothing else runs; in online stages all other
-    models of the stage score side by side, and policy and critic train so.
+    On a cluster that is joined they are the CPUs that the process reserves. On one's own machine processes busy at the
+    same time must not want more threads than there are cores, since spinning OpenMP barriers then cost a factor of
+    ten: while an engine generates nothing else runs; in online stages all other models of the stage score side by
+    side, and policy and critic train so.
     """
     alone = ("rollout", "judge")
     roles = wanted(recipe, stage)
-    busy = sum(name not in alone for name in roles) if isinstance(stage, OnlineStage) else 1
-    shared = max(1, cores // min(busy, 2))
-    return {name: max(1, cores) if name in alone else shared for name in roles}
+    if recipe.ray.address is not None:
+        return {name: max(1, int(role.cpus)) for name, role in roles.items()}
+    learning = [role.count for name, role in roles.items() if name not in alone]
+    busy = max(learning, default=1)
+    if isinstance(stage, OnlineStage) and len(learning) > 1:
+        busy = max(2, *learning, sum(roles[name].count for name in ("policy", "critic") if name in roles))
+    shared = max(1, cores // busy)
+    return {name: max(1, cores // role.count) if name in alone else shared for name, role in roles.items()}
 
 
 def processes(recipe: Recipe) -> dict[RoleName, Wanted]:
@@ -111,7 +136,7 @@ def check_fits(recipe: Recipe, resources: Resources) -> None:
     process, so the largest role counts and not the sum.
     """
     roles = processes(recipe)
-    gpus = {name: role.gpus * role.count for name, role in roles.items() if role.gpus}
+    gpus = {name: role.gpus * role.count for name, role in roles.items() if role.gpus and not role.shares}
     total = sum(gpus.values()) if recipe.backend == "ray" else max(gpus.values(), default=0)
     _compare(recipe, "gpus", gpus, total, resources.gpus)
     if recipe.backend == "ray" and recipe.ray.address is not None:

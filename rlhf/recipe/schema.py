@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
 from rlhf.recipe.base import Budget, Lora, Strict
+from rlhf.recipe.role_schema import Roles
 from rlhf.recipe.stage_schema import Stage
 
 
@@ -18,41 +19,6 @@ class ModelSource(Strict):
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     chat_template: Path | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
-
-
-class Role(Strict):
-    """Where a role runs; fractions of an accelerator are allowed."""
-
-    gpus: NonNegativeFloat = 0
-    cpus: NonNegativeFloat = 1
-
-
-class ReferenceRole(Role):
-    """The frozen reference; `share: policy` computes it in the policy's process with the adapters off."""
-
-    share: Literal["policy"] | None = None
-
-
-class RolloutRole(Role):
-    """A generation engine."""
-
-    engine: Literal["vllm", "transformers"] = "vllm"
-    replicas: PositiveInt = 1
-    tensor_parallel: PositiveInt = 1
-    max_sequences: PositiveInt = Field(64, description="sequences generated at once by one replica")
-    kv_cache_gib: PositiveInt = Field(1, description="KV cache per replica on CPU, whole GiB")
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-
-
-class Roles(Strict):
-    """All roles; the defaults put every one on the CPU in its own process."""
-
-    policy: Role = Role()
-    reference: ReferenceRole = ReferenceRole()
-    reward: Role = Role()
-    critic: Role = Role()
-    rollout: RolloutRole = RolloutRole()
-    judge: RolloutRole = Field(RolloutRole(), description="of a language model as judge that runs here")
 
 
 class Wandb(Strict):

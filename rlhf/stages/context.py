@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
 from rlhf.recipe.base import FunctionJudge, HttpJudge, Judge, LlmJudge, Lora, ModelJudge, Optimizer
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.resources import RoleName
+from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import Stage
@@ -102,24 +102,21 @@ class StageContext:
     ) -> LearnerSpec:
         """Describe a model that this stage trains; `lora` None takes the recipe's."""
         adapters = lora or self.recipe.lora
-        return LearnerSpec(
-            role=role,
-            kind=kind,
-            checkpoint=self.checkpoint(checkpoint),
-            dtype=self.recipe.model.dtype,
+        placed = getattr(self.recipe.roles, role)
+        return replace(
+            self.frozen(role, kind, checkpoint, temperature),
             lora=None if adapters == "full" else adapters,
             optimizer=optimizer,
             head_learning_rate=head_learning_rate,
-            max_tokens_per_microbatch=self.stage.max_tokens_per_microbatch,
-            temperature=temperature,
-            threads=self.threads[role],
-            seed=self.seed("model", role),
+            offload=placed.offload,
+            gradient_checkpointing=placed.gradient_checkpointing,
         )
 
     def frozen(
         self, role: RoleName, kind: Literal["causal", "scalar"], checkpoint: str, temperature: float = 1.0
     ) -> LearnerSpec:
         """Describe a model that this stage only asks."""
+        placed = getattr(self.recipe.roles, role)
         return LearnerSpec(
             role=role,
             kind=kind,
@@ -132,6 +129,8 @@ class StageContext:
             temperature=temperature,
             threads=self.threads[role],
             seed=self.seed("model", role),
+            ranks=placed.ranks,
+            zero_stage=placed.zero_stage,
         )
 
     def rollout(self, checkpoint: str) -> RolloutSpec:

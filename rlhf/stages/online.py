@@ -10,6 +10,7 @@ from rlhf.data.tokenize import tokenize_prompts
 from rlhf.errors import GuardError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.online_schema import AnyOnlineStage, OnlineDpoStage, OnlineStage, PolicyGradientStage
+from rlhf.recipe.resources import reference_in_policy
 from rlhf.roles import Policy, Reference, Roles, SharedReference
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored, Valued, collect, measure
@@ -75,7 +76,7 @@ def start_roles(stage: AnyOnlineStage, context: StageContext, tokenizer: ChatTok
     policy = launcher.policy(
         context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora, temperature=stage.temperature)
     )
-    if context.recipe.roles.reference.share:
+    if reference_in_policy(context.recipe, stage):
         reference: Reference = SharedReference(policy)
     else:
         reference = launcher.reference(context.frozen("reference", "causal", stage.policy, stage.temperature))

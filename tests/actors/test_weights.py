@@ -23,7 +23,7 @@ from rlhf.engines.shared_memory import Checksum
 from rlhf.errors import TrainingError
 from rlhf.models.lora import merged_weights
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 from rlhf.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]

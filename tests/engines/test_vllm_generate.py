@@ -16,7 +16,7 @@ from rlhf.engines.base import RolloutSpec
 from rlhf.engines.shared_memory import Checksum, folder_weights, send
 from rlhf.engines.vllm_generate import VllmEngine, backend_for
 from rlhf.errors import RecipeError, TrainingError
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 from rlhf.types import Prompt, Rollout, Sampling
 
 pytestmark = pytest.mark.vllm

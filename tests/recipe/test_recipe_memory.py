@@ -7,7 +7,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequ
 
 from rlhf.recipe.base import Lora
 from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 
 SHAPE = ModelShape(
     parameters=1000,

@@ -19,7 +19,7 @@ from rlhf.models.loading import load_causal
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.base import LlmJudge
 from rlhf.recipe.load import load_recipe
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 from rlhf.rewards.chat import ChatJudge
 from rlhf.rewards.engine import EngineJudge
 from rlhf.rewards.llm import LlmReward

@@ -20,7 +20,8 @@ from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe.base import PathData
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.recipe.schema import ModelSource, RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.schema import ModelSource
 from rlhf.run import run_recipe
 from rlhf.types import Sampling
 

@@ -15,7 +15,7 @@ from rlhf.engines.scoring import score_tokens
 from rlhf.models.loading import load_causal
 from rlhf.models.tiny import TURN_END, build_tiny
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.recipe.schema import RolloutRole
+from rlhf.recipe.role_schema import RolloutRole
 from rlhf.roles import Ready
 from rlhf.stages.evaluate import Drawn, implicit_accuracy, judged, sequence_kl
 from rlhf.types import Prompt, Rollout, Sampling, TokenScores
