@@ -1,4 +1,4 @@
-"""Builds the roles as Ray actors: one process per role, kept for the whole run, its model built per stage."""
+"""Builds the roles as Ray actors: processes kept for the whole run, their models built per stage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import socket
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,17 +18,18 @@ from ray._private.services import resolve_ip_for_localhost
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.group import RankGroup
 from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve
-from actors.rollout import RayRollout, RolloutActor
-from actors.supervise import wait_for
+from actors.rollout import RayRollout, Replica
+from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
-from rlhf.recipe.resources import wanted
-from rlhf.recipe.role_schema import Role, RolloutRole
+from rlhf.recipe.placement import Bundle, Process, place
+from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 
 log = logging.getLogger("rlhf")
@@ -40,28 +42,29 @@ class RayLauncher:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.deadline_s = recipe.ray.call_timeout_s
-        self.actors: dict[str, Any] = {}
+        self.groups: dict[str, RankGroup] = {}
         self.engine: RayRollout | None = None
         self.shape = ""
         self.judging: tuple[RolloutSpec, RayRollout] | None = None
+        self.turns = Turns()
         self.started = 0
-        self.group: PlacementGroup | None = None
-        self.bundles: dict[str, dict[str, float]] = {}
+        self.reserved: PlacementGroup | None = None
+        self.bundles: tuple[Bundle, ...] = ()
 
     def policy(self, spec: LearnerSpec) -> RayModel:
-        """Build the policy in its process."""
+        """Build the policy in its processes."""
         return self._model(spec)
 
     def reference(self, spec: LearnerSpec) -> RayModel:
-        """Build the reference in its process."""
+        """Build the reference in its processes."""
         return self._model(spec)
 
     def reward(self, spec: LearnerSpec) -> RayModel:
-        """Build the reward model in its process."""
+        """Build the reward model in its processes."""
         return self._model(spec)
 
     def critic(self, spec: LearnerSpec) -> RayModel:
-        """Build the critic in its process."""
+        """Build the critic in its processes."""
         return self._model(spec)
 
     def rollout(self, spec: RolloutSpec) -> RayRollout:
@@ -85,49 +88,82 @@ class RayLauncher:
             self.judging = spec, self._engine("judge", spec)
         return self.judging[1]
 
+    def seconds_in_turns(self) -> float:
+        """Return the seconds spent so far on handing shared devices from the engine to models and back."""
+        return self.turns.seconds
+
     def release(self) -> None:
         """Free the models; the processes and the engines stay for the next stage."""
-        wait_for([actor.drop.remote() for actor in self.actors.values()], "drop", self.deadline_s)
+        for group in self.groups.values():
+            group.wait("drop")
 
-    def _engine(self, name: str, spec: RolloutSpec) -> RayRollout:
+    def _engine(self, name: RoleName, spec: RolloutSpec) -> RayRollout:
         environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
-        names = [f"{name}-{index}" for index in range(spec.role.replicas)]
-        replicas = [self._start(replica, RolloutActor, spec.role, environment, spec) for replica in names]
-        return RayRollout(replicas, self.deadline_s, name)
+        if spec.role.share is None:
+            replicas = self._replicas(name, environment, spec)
+            return RayRollout(replicas, self.deadline_s, name, spec.role.max_sequences)
+        self.turns.begin()
+        replicas = self._replicas(name, environment, spec)
+        engine = SharingRollout(replicas, self.deadline_s, self.turns, spec.role.max_sequences)
+        engine.wait_until_ready()
+        self.turns.began(engine)
+        return engine
+
+    def _replicas(self, name: RoleName, environment: dict[str, str], spec: RolloutSpec) -> list[Any]:
+        return [self._start(process, Replica, environment, spec) for process in self._processes(name)]
 
     def _model(self, spec: LearnerSpec) -> RayModel:
-        if spec.role not in self.actors:
-            role = getattr(self.recipe.roles, spec.role)
-            self.actors[spec.role] = self._start(spec.role, LearnerActor, role, learner_environment())
-        actor = self.actors[spec.role]
+        group = self._group(spec.role)
         # Errors of the build reach the first call that waits; actor calls keep their order.
-        building = actor.build.remote(spec)
-        return RayModel(actor, spec.role, self.deadline_s, building)
+        return RayModel(group, group.call("build", spec))
 
-    def _start(self, name: str, kind: type, role: Role, environment: dict[str, str], *arguments: Any) -> Any:
-        assert self.group is not None
-        place = PlacementGroupSchedulingStrategy(
-            self.group, placement_group_bundle_index=list(self.bundles).index(name)
-        )
-        remote = ray.remote(kind).options(
-            name=f"{self.recipe.name}-{os.getpid()}-{name}-{self.started}",
-            num_cpus=role.cpus,
-            num_gpus=role.gpus,
-            scheduling_strategy=place,
-            runtime_env={"env_vars": environment},
+    def _group(self, role: RoleName) -> RankGroup:
+        """Return a role's processes, started where they are not yet."""
+        if role not in self.groups:
+            learner, environment = ray.remote(LearnerActor), learner_environment()
+            ranks = [self._start(process, learner, environment) for process in self._processes(role)]
+            self.groups[role] = RankGroup(role, ranks, self.deadline_s)
+            devices = getattr(getattr(self.recipe.roles, role), "share", None) or role
+            if devices == self.recipe.roles.rollout.share:
+                self.turns.join(self.groups[role])
+        return self.groups[role]
+
+    def _processes(self, role: RoleName) -> list[Process]:
+        return [process for bundle in self.bundles for process in bundle.processes if process.role == role]
+
+    def _start(self, process: Process, kind: Any, environment: dict[str, str], *arguments: Any) -> Any:
+        assert self.reserved is not None
+        number = next(number for number, bundle in enumerate(self.bundles) if process in bundle.processes)
+        remote = kind.options(
+            name=f"{self.recipe.name}-{os.getpid()}-{process.name}-{self.started}",
+            num_cpus=process.cpus,
+            num_gpus=process.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.reserved, placement_group_bundle_index=number),
+            runtime_env={"env_vars": environment | self._visible_devices(process)},
         )
         self.started += 1
-        log.info("starting %s", name)
+        log.info("starting %s", process.name)
         return remote.remote(*arguments)
+
+    def _visible_devices(self, process: Process) -> dict[str, str]:
+        """Return what shows a process without GPUs of its own those of its hosts, or none at all."""
+        if process.gpus:
+            return {}
+        devices = []
+        if process.guest_of:
+            host = getattr(self.recipe.roles, process.role).share
+            held = self._group(host).wait("devices")
+            devices = [device for number in process.guest_of for device in held[number]]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
 
     def __enter__(self) -> Self:
         """Start or join Ray and reserve what the recipe's stages use."""
-        self.bundles = _bundles(self.recipe)
+        self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
         _connect(self.recipe, self.bundles)
         signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own there
         try:
-            self.group = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
+            self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
         except BaseException:
             ray.shutdown()
             raise
@@ -137,35 +173,23 @@ class RayLauncher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End every actor of this run and leave Ray."""
-        engines = [engine for engine in (self.engine, self.judging and self.judging[1]) if engine]
-        for actor in [*self.actors.values(), *(replica for engine in engines for replica in engine.replicas)]:
-            ray.kill(actor)
-        if self.group is not None:
-            remove_placement_group(self.group)
+        for group in self.groups.values():
+            group.kill()
+        for engine in (self.engine, self.judging and self.judging[1]):
+            for replica in engine.replicas if engine else ():
+                ray.kill(replica)
+        if self.reserved is not None:
+            remove_placement_group(self.reserved)
         ray.shutdown()
 
 
-def _bundles(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Return the resources of each process that some stage uses."""
-    used = {role for stage in recipe.stages for role in wanted(recipe, stage)}
-    bundles: dict[str, dict[str, float]] = {}
-    for name in type(recipe.roles).model_fields:
-        role: Role = getattr(recipe.roles, name)
-        if name not in used:
-            continue
-        resources = {"CPU": role.cpus} | ({"GPU": role.gpus} if role.gpus else {})
-        names = [f"{name}-{index}" for index in range(role.replicas)] if isinstance(role, RolloutRole) else [name]
-        bundles |= dict.fromkeys(names, resources)
-    return bundles
-
-
-def _connect(recipe: Recipe, bundles: dict[str, dict[str, float]]) -> None:
+def _connect(recipe: Recipe, bundles: Sequence[Bundle]) -> None:
     """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
     if recipe.ray.address:
         _join(recipe.ray.address)
         return
     try:
-        _start_on_loopback(math.ceil(sum(bundle["CPU"] for bundle in bundles.values())))
+        _start_on_loopback(math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)))
     except Exception as error:  # Ray raises plain Exception when its processes are not up in 30 s
         raise ResourceError(
             f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"

@@ -1,105 +1,169 @@
-"""The Ray actor that holds a policy, reference, reward model or critic, and its face to the controller."""
+"""The Ray actors that hold a policy, reference, reward model or critic, and their face to the controller."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import torch
 from torch import Tensor
 
+from actors.group import RankGroup
+from actors.objects import Shipped
 from actors.rollout import RayRollout
 from actors.supervise import RayPending
+from actors.turns import SharingRollout
 from actors.weights import publish
 from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
+from rlhf.engines.shares import Part, assemble, token_scores
+from rlhf.errors import ResourceError
 from rlhf.roles import RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, TokenBatch, TokenScores
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+T = TypeVar("T")
+
+
+SHIPPED = Shipped()
+"""Shared by all roles, so that a batch that several of them read is put once."""
+
 
 class LearnerActor(ModelLearner):
-    """One process of a role. It outlives stages; the model in it is built for each stage that needs it."""
+    """One rank of a role. It outlives stages; the model in it is built for each stage that needs it."""
 
     def __init__(self) -> None:
-        pass
+        self.rank = 0
+
+    def devices(self) -> list[str]:
+        """Return the numbers of the GPUs that Ray gave this process, as CUDA_VISIBLE_DEVICES takes them."""
+        return [str(number) for number in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Return this machine's address and a free port on it."""
+        address = ray.util.get_node_ip_address()
+        with socket.create_server((address, 0)) as server:
+            return address, server.getsockname()[1]
+
+    def join(self, rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
+        """Meet the other ranks; `timeout_s` is the deadline of every collective from then on."""
+        from rlhf.engines.ranks import join
+
+        self.rank = rank
+        join(rank, ranks, address, port, timeout_s)
 
     def build(self, spec: LearnerSpec) -> int:
-        """Build the model of a stage and return this process's id."""
+        """Build the model of a stage, or this rank's share of it, and return this process's id."""
         self.drop()
+        if self.devices() and not torch.cuda.is_available():
+            raise ResourceError("Ray gave this process a GPU, but torch finds none: is it torch's CPU build?")
         super().__init__(spec)
         return os.getpid()
 
     def drop(self) -> None:
         """Free the model and its optimizer."""
+        rank = self.rank
+        if "model" in self.__dict__:
+            self.close()
         self.__dict__.clear()
+        self.rank = rank
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def base_logprobs(self, batch: TokenBatch) -> TokenScores:
-        """Score the response tokens with the adapters off, `[B, T]`."""
+    def offload(self) -> None:
+        """Move the model, where there is one, to main memory."""
+        if "model" in self.__dict__:
+            super().offload()
+
+    def reload(self) -> None:
+        """Move the model, where there is one, back to the device."""
+        if "model" in self.__dict__:
+            super().reload()
+
+    def base_logprobs(self, batch: TokenBatch) -> Part:
+        """Score the response tokens of this rank's rows with the adapters off."""
         return self.logprobs(batch, "base")
 
     def publish(self, engines: list[ActorHandle], version: int, deadline_s: float) -> WeightReceipt:
-        """Send the merged weights to the engines and return their common acknowledgement."""
-        return publish(self.weights, engines, version, deadline_s)
+        """Take part in sending the weights to the engines, as these want them; return their acknowledgement."""
+        return publish(self.weights, engines, version, deadline_s, self.rank, self if self.spec.lora else None)
 
 
 class RayModel:
-    """A `Policy`, `Reference`, `Reward` or `Critic` in another process."""
+    """A `Policy`, `Reference`, `Reward` or `Critic` in other processes."""
 
-    def __init__(self, actor: ActorHandle, role: str, deadline_s: float, building: ray.ObjectRef) -> None:
-        self.actor = actor
-        self.role = role
-        self.deadline_s = deadline_s
+    def __init__(self, group: RankGroup, building: Sequence[ray.ObjectRef]) -> None:
+        self.group = group
         self.building = building
 
     def train(
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> RayPending[Metrics]:
         """Step once per minibatch at `lr_scale` times the base learning rates."""
-        return self._pending(self.actor.train.remote(batch, objective, minibatches, lr_scale), "train")
+        return self._pending("train", _first, SHIPPED(batch), objective, minibatches, lr_scale)
 
     def evaluate(self, batch: B, objective: Objective[B]) -> RayPending[Metrics]:
         """Return the objective's metrics with no gradient."""
-        return self._pending(self.actor.evaluate.remote(batch, objective), "evaluate")
+        return self._pending("evaluate", _merged, SHIPPED(batch), objective)
 
     def logprobs(self, batch: TokenBatch) -> RayPending[TokenScores]:
         """Score the response tokens, `[B, T]`."""
-        return self._pending(self.actor.logprobs.remote(batch), "logprobs")
+        return self._pending("logprobs", token_scores, SHIPPED(batch))
 
     def base_logprobs(self, batch: TokenBatch) -> RayPending[TokenScores]:
         """Score the response tokens with the adapters off, `[B, T]`."""
-        return self._pending(self.actor.base_logprobs.remote(batch), "base_logprobs")
+        return self._pending("base_logprobs", token_scores, SHIPPED(batch))
 
     def scores(self, batch: TokenBatch) -> RayPending[Tensor]:
         """Return the reward of each whole sequence, `[B]`."""
-        return self._pending(self.actor.scores.remote(batch), "scores")
+        return self._pending("scores", assemble, SHIPPED(batch))
 
     def values(self, batch: TokenBatch) -> RayPending[Tensor]:
         """Return the value before each response token, `[B, T]`."""
-        return self._pending(self.actor.values.remote(batch), "values")
+        return self._pending("values", assemble, SHIPPED(batch))
 
     def standardise(self, mean: float, std: float) -> RayPending[None]:
         """Fold (score - mean) / std into the head."""
-        return self._pending(self.actor.standardise.remote(mean, std), "standardise")
+        return self._pending("standardise", _first, mean, std)
 
     def save(self, folder: Path) -> RayPending[None]:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
-        return self._pending(self.actor.save.remote(folder), "save")
+        return self._pending("save", _first, folder)
+
+    def offload(self) -> RayPending[None]:
+        """Move weights and optimizer out of accelerator memory."""
+        return self._pending("offload", _first)
+
+    def reload(self) -> RayPending[None]:
+        """Move them back."""
+        return self._pending("reload", _first)
 
     def publish(self, engine: RolloutEngine, version: int) -> RayPending[WeightReceipt]:
         """Send the merged weights to every replica of the engine."""
         assert isinstance(engine, RayRollout)
-        sent = self.actor.publish.remote(engine.replicas, version, self.deadline_s)
-        return self._pending(sent, "publish")
+        begin = self.group.call
+        if isinstance(engine, SharingRollout):
+            engine.turns.publish()
+            begin = self.group.begin
+        calls = begin("publish", engine.replicas, version, self.group.deadline_s)
+        return self.group.pending(self.building, "publish", calls, _first)
 
-    def _pending(self, reference: object, method: str) -> RayPending:
-        return RayPending([self.building, reference], f"{self.role}.{method}", self.deadline_s)
+    def _pending(self, method: str, combine: Callable[[list], T], *arguments: Any) -> RayPending[T]:
+        return self.group.pending(self.building, method, self.group.call(method, *arguments), combine)
+
+
+def _first(values: list[T]) -> T:
+    return values[0]
+
+
+def _merged(values: list[Metrics]) -> Metrics:
+    return reduce(Metrics.merge, values)

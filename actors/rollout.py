@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.supervise import RayPending, wait_for
+import ray
+
+from actors.dispatch import CALLS, Balance, Dispatch
+from actors.objects import Drawn
+from actors.supervise import RayPending
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.served import ServedWeights
-from rlhf.engines.shared_memory import Bucket, Checksum, folder_weights, receive, send
-from rlhf.roles import WeightReceipt
+from rlhf.engines.gate import Gate
+from rlhf.engines.served import ServedWeights, Transport
+from rlhf.engines.shared_memory import Bucket, Buffer, Inbox, folder_weights, send
+from rlhf.errors import TrainingError
+from rlhf.roles import EnginePart, Pending, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
+    import numpy as np
     from ray.actor import ActorHandle
 
     from rlhf.engines.hf_generate import TransformersEngine
-    from rlhf.engines.vllm_generate import Backend, VllmEngine
+    from rlhf.engines.vllm_generate import VllmEngine
 
 
 class RolloutActor:
@@ -27,14 +36,21 @@ class RolloutActor:
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.engine = _engine(spec)
+        self.copy: Buffer | None = None
 
     def ping(self) -> int:
         """Return this process's id, once the engine is ready."""
         return os.getpid()
 
+    @ray.method(concurrency_group="generate")
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """Draw `len(seeds[i])` responses to prompt i, in the order of prompts and seeds."""
         return self.engine.generate(prompts, sampling, seeds)
+
+    @ray.method(concurrency_group="generate")
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Drawn:
+        """Do as `generate` does and return the responses as columns."""
+        return Drawn.of(self.engine.generate(prompts, sampling, seeds))
 
     def load(self, folder: Path, version: int) -> WeightReceipt:
         """Serve the weights of a Hugging Face folder."""
@@ -44,33 +60,55 @@ class RolloutActor:
         """Return the version served and the checksum of its weights."""
         return self.engine.served()
 
-    def transport(self) -> tuple[Backend, int]:
-        """Return how weights reach this replica, and into how many worker processes."""
-        return self.engine.transport()
+    def transport(self) -> Transport:
+        """Return how weights reach this replica, and on which node it is."""
+        return self.engine.transport()._replace(node=ray.get_runtime_context().get_node_id())
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect to the trainer."""
         self.engine.init_weight_transfer_engine(init_info)
 
-    def start_weight_update(self) -> None:
-        """Stop serving and begin an update."""
-        self.engine.start_weight_update()
+    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
+        """Stop serving and begin an update, of the whole model or of an adapter of this configuration."""
+        self.engine.start_weight_update(adapter)
 
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive some of the tensors."""
+    def update_weights(self, update_info: dict[str, Any], content: np.ndarray | None = None) -> None:
+        """Receive some of the tensors; `content` is the announced memory where that is another machine's."""
+        if content is not None:
+            self.copy = self.copy or Buffer()
+            self.copy.fill(content)
+            update_info = update_info | {"path": self.copy.path}
         self.engine.update_weights(update_info)
 
     def finish_weight_update(self) -> None:
         """Put the tensors in place."""
         self.engine.finish_weight_update()
 
-    def update_weight_version(self, version: int) -> tuple[int, str]:
-        """Serve again, as `version`; return it and the checksum."""
-        return self.engine.update_weight_version(version)
+    def update_weight_version(self, version: int, checksum: str | None = None) -> tuple[int, str]:
+        """Serve again, as `version`; return it and the checksum, which must be the one given."""
+        return self.engine.update_weight_version(version, checksum)
+
+    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
+        """Put the tensors in place and serve again, in one call."""
+        self.engine.finish_weight_update()
+        return self.engine.update_weight_version(version, checksum)
+
+    def sleep(self) -> None:
+        """Drop weights and KV cache from the GPU."""
+        self.engine.sleep()
+
+    def wake(self, part: EnginePart) -> None:
+        """Get room for one of them again."""
+        self.engine.wake(part)
 
     def shutdown_weight_transfer_engine(self) -> None:
         """Disconnect from the trainer."""
         self.engine.shutdown_weight_transfer_engine()
+
+
+Replica = ray.remote(concurrency_groups={"generate": CALLS})(RolloutActor)
+"""`RolloutActor` in a process of its own: generate calls run side by side and share the engine's batch, all others run
+one at a time in the order in which they were sent."""
 
 
 class TransformersReplica:
@@ -79,11 +117,14 @@ class TransformersReplica:
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.weights = ServedWeights()
+        self.gate = Gate(self.weights.check_serving)
+        self.turn = threading.Lock()
+        self.inbox = Inbox()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
-        """Draw `len(seeds[i])` responses to prompt i; TrainingError in the middle of a weight update."""
-        self.weights.check_serving()
-        return self.engine.generate(prompts, sampling, seeds)
+        """Draw `len(seeds[i])` responses to prompt i, one call after another; TrainingError during a weight update."""
+        with self.gate.passing(), self.turn:
+            return self.engine.generate(prompts, sampling, seeds)
 
     def load(self, folder: Path, version: int) -> WeightReceipt:
         """Serve the weights of a Hugging Face folder, as `version`."""
@@ -98,9 +139,9 @@ class TransformersReplica:
         """Return the version and the checksum of its weights."""
         return self.weights.served()
 
-    def transport(self) -> tuple[Backend, int]:
-        """Return how weights reach this engine, and into how many worker processes."""
-        return "shared_memory", 1
+    def transport(self) -> Transport:
+        """Return how weights reach this engine: always merged."""
+        return Transport("shared_memory", 1)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Nothing to connect."""
@@ -108,69 +149,76 @@ class TransformersReplica:
     def shutdown_weight_transfer_engine(self) -> None:
         """Nothing to disconnect."""
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
         """Stop serving and begin an update."""
+        if adapter is not None:
+            raise TrainingError("engine: transformers serves no adapters; use `roles.rollout.weights: merged`")
         self.weights.begin()
-        self._checksum = Checksum()
+        self.gate.drain()
+        self.inbox.begin()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Verify one bucket and copy its tensors into the model."""
-        try:
-            self.engine.load_weights(iter(receive(Bucket(**update_info), self._checksum)), self.engine.version)
-        except BaseException:
-            self.weights.phase = "failed"
-            raise
-        self.weights.ledger.add(update_info)
+        with self.weights.receiving(update_info):
+            self.engine.load_weights(iter(self.inbox.receive(Bucket(**update_info))), self.engine.version)
 
     def finish_weight_update(self) -> None:
         """All tensors have arrived."""
         self.weights.finish()
 
-    def update_weight_version(self, version: int) -> tuple[int, str]:
-        """Serve again, as `version`."""
+    def update_weight_version(self, version: int, checksum: str | None = None) -> tuple[int, str]:
+        """Serve again, as `version`, what has this checksum."""
         self.engine.version = version
-        return self.weights.declare(version)
+        return self.weights.declare(version, checksum)
+
+    def sleep(self) -> None:
+        """Refuse to generate until weights came; the memory stays."""
+        self.weights.sleep()
+        self.gate.drain()
+
+    def wake(self, part: EnginePart) -> None:
+        """Note that a part may come, or be used, again."""
+        self.weights.wake(part)
 
 
 class RayRollout:
-    """A `RolloutEngine` of one or more replicas; `role` names them in messages."""
+    """A `RolloutEngine` of one or more replicas, each generating `max_sequences` at once; `role` names them."""
 
-    def __init__(self, replicas: list[ActorHandle], deadline_s: float, role: str = "rollout") -> None:
+    def __init__(
+        self, replicas: list[ActorHandle], deadline_s: float, role: str = "rollout", max_sequences: int = 64
+    ) -> None:
         self.replicas = replicas
         self.deadline_s = deadline_s
         self.role = role
+        self.balance = Balance(len(replicas), max_sequences)
+        self.calls: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> DealtRollouts:
-        """Deal the prompts out to the replicas; the result comes in the order of prompts and seeds."""
-        count = len(self.replicas)
-        references = [
-            replica.generate.remote(list(prompts[index::count]), sampling, list(seeds[index::count]))
-            for index, replica in enumerate(self.replicas)
-        ]
-        return DealtRollouts(references, [len(row) for row in seeds], self.deadline_s, self.role)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> Pending[list[Rollout]]:
+        """Send the prompts to the replicas as these have room; the result comes in the order of prompts and seeds."""
+        call = Dispatch(self.replicas, self.balance, prompts, sampling, seeds, self.deadline_s, self.role)
+        self.calls.add(call)
+        return call
 
-    def load(self, folder: Path, version: int) -> RayPending[WeightReceipt]:
+    def load(self, folder: Path, version: int) -> Pending[WeightReceipt]:
         """Serve the weights of a Hugging Face folder on every replica; the receipt is the last one's."""
+        for call in self.calls:  # what a stage that ended early still generates
+            call.stop()
         references = [replica.load.remote(folder, version) for replica in self.replicas]
-        return RayPending(references, f"{self.role}.load", self.deadline_s)
+        return RayPending(references, self._names("load"), self.deadline_s)
 
+    def sleep(self) -> RayPending[None]:
+        """Drop weights and KV cache of every replica from the GPU."""
+        return RayPending([replica.sleep.remote() for replica in self.replicas], self._names("sleep"), self.deadline_s)
 
-class DealtRollouts:
-    """Rollouts on their way from replicas that were dealt prompts in turn, `counts[i]` responses to prompt i."""
+    def wake(self, part: EnginePart) -> RayPending[None]:
+        """Get room for one of them again on every replica."""
+        calls = [replica.wake.remote(part) for replica in self.replicas]
+        return RayPending(calls, self._names("wake"), self.deadline_s)
 
-    def __init__(self, references: list[Any], counts: list[int], deadline_s: float, role: str) -> None:
-        self.references = references
-        self.counts = counts
-        self.deadline_s = deadline_s
-        self.role = role
-
-    def result(self) -> list[Rollout]:
-        """Return them in the order of prompts; TrainingError names a replica that failed."""
-        hands = [
-            iter(wait_for(reference, f"{self.role}-{index}.generate", self.deadline_s))
-            for index, reference in enumerate(self.references)
-        ]
-        return [next(hands[index % len(hands)]) for index, count in enumerate(self.counts) for _ in range(count)]
+    def _names(self, method: str) -> list[str]:
+        return [f"{self.role}-{index}.{method}" for index in range(len(self.replicas))]
 
 
 def _engine(spec: RolloutSpec) -> VllmEngine | TransformersReplica:

@@ -1,76 +1,143 @@
-"""Waiting for remote calls: always bounded, and every failure names the role, the call and the cause."""
+"""Waiting for remote calls: always bounded, and every failure names the role, the rank, the call and the cause."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlhf import errors
+from rlhf.engines.ranks import LOST
 from rlhf.errors import RlhfError, TrainingError
 
 T = TypeVar("T")
 OUR_ERROR = re.compile(r"^rlhf\.errors\.(?P<name>\w+): ", re.MULTILINE)
+VICTIM = re.compile(r"closed by peer|reset by peer|broken pipe|connection (refused|aborted)|timed? ?out|nccl", re.I)
+"""What a collective says where another rank is at fault."""
+
+GRACE_S = 3.0
+"""How long the other calls may take to tell what really went wrong."""
+
+TOLD = 3
+"""So many late calls are named."""
+
+
+def last(values: Sequence[T]) -> T:
+    """Return the last value."""
+    return values[-1]
 
 
 class RayPending(Generic[T]):
-    """A `Pending` behind Ray object references, of which the last is the value; `what` names it for people.
+    """A `Pending` behind calls to one or more processes; `combine` makes its value of theirs, in their order.
 
-    The earlier ones are what the call rests on (the building of its model), so that their failure is the one told.
+    `names` tell the calls apart for people. With the default `combine` the earlier calls are what the last one rests
+    on (the building of its model).
     """
 
-    def __init__(self, references: list[ray.ObjectRef], what: str, deadline_s: float) -> None:
+    def __init__(
+        self,
+        references: Sequence[ray.ObjectRef],
+        names: Sequence[str],
+        deadline_s: float,
+        combine: Callable[[list[Any]], T] = last,
+    ) -> None:
         self.references = references
-        self.what = what
+        self.names = names
         self.deadline_s = deadline_s
+        self.combine = combine
 
     def result(self) -> T:
-        """Return the value; TrainingError when the call failed, its process died or the deadline passed."""
-        return wait_for(self.references, self.what, self.deadline_s)[-1]
+        """Return the value; TrainingError when a call failed, its process died or the deadline passed."""
+        return self.combine(wait_for_all(self.references, self.names, self.deadline_s))
 
 
-def wait_for(references: Any, what: str, deadline_s: float) -> Any:
-    """Return the value of one reference or the values of a list, or raise an error for people.
+def wait_for(reference: ray.ObjectRef, name: str, deadline_s: float) -> Any:
+    """Return the value of one call, as `wait_for_all` does."""
+    return wait_for_all([reference], [name], deadline_s)[0]
 
-    An RlhfError keeps its class, and with it the exit code; everything else becomes a TrainingError. `what` begins
-    the message. The remote traceback is in the chain of causes.
+
+def wait_for_all(references: Sequence[ray.ObjectRef], names: Sequence[str], deadline_s: float) -> list[Any]:
+    """Return the values of all calls, or raise an error for people as soon as one fails.
+
+    An RlhfError keeps its class, and with it the exit code; everything else becomes a TrainingError. The name of the
+    call at fault begins the message: a rank that only lost its peer is not blamed for it. The remote traceback is in
+    the chain of causes.
     """
     try:
-        return ray.get(references, timeout=deadline_s)
+        return ray.get(list(references), timeout=deadline_s)
     except GetTimeoutError:
-        raise TrainingError(f"{what} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s)") from None
-    except RayTaskError as error:
-        raise _raised(what, error.cause) from error
-    except RayActorError as error:
-        raise (_not_started if error.actor_init_failed else _died)(what, error) from error
+        late = _late(references, names)
+        raise TrainingError(f"{late} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s)") from None
     except RayError as error:
-        raise TrainingError(f"{what}: {_last_line(error)}") from error
+        name, cause = _at_fault(references, names, error)
+        raise _translated(name, cause) from cause
 
 
-def _raised(what: str, cause: Exception) -> RlhfError:
+def _late(references: Sequence[ray.ObjectRef], names: Sequence[str]) -> str:
+    done = set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
+    late = [name for name, reference in zip(names, references, strict=True) if reference not in done]
+    return ", ".join(late[:TOLD]) + (f" and {len(late) - TOLD} more" if len(late) > TOLD else "")
+
+
+def _at_fault(references: Sequence[ray.ObjectRef], names: Sequence[str], first: RayError) -> tuple[str, RayError]:
+    """Return the failed call that explains the others, and its error."""
+    failed = [
+        (name, error)
+        for name, reference in zip(names, references, strict=True)
+        if (error := _error_of(reference, GRACE_S if len(references) > 1 else 0)) is not None
+    ]
+    return min(failed, key=lambda item: _is_victim(item[1]), default=(names[0], first))
+
+
+def _error_of(reference: ray.ObjectRef, wait_s: float) -> RayError | None:
+    if not ray.wait([reference], timeout=wait_s)[0]:
+        return None
+    try:
+        ray.get(reference, timeout=0)
+    except RayError as error:
+        return error
+    return None
+
+
+def _is_victim(error: RayError) -> bool:
+    if isinstance(error, RayTaskError) and isinstance(error.cause, RlhfError):
+        return LOST in str(error.cause)
+    return not isinstance(error, RayActorError) and bool(VICTIM.search(str(error)))
+
+
+def _translated(name: str, error: RayError) -> RlhfError:
+    if isinstance(error, RayTaskError):
+        return _raised(name, error.cause)
+    if isinstance(error, RayActorError):
+        return (_not_started if error.actor_init_failed else _died)(name, error)
+    return TrainingError(f"{name}: {_last_line(error)}")
+
+
+def _raised(name: str, cause: Exception) -> RlhfError:
     if isinstance(cause, RlhfError):
-        return type(cause)(f"{what}: {cause}")
+        return type(cause)(f"{name}: {cause}")
     if isinstance(cause, RayError):
-        return TrainingError(f"{what}: {_last_line(cause)}")
+        return TrainingError(f"{name}: {_last_line(cause)}")
     lines = str(cause).strip().splitlines()
-    return TrainingError(": ".join([what, type(cause).__name__, *lines[:1]]))
+    return TrainingError(": ".join([name, type(cause).__name__, *lines[:1]]))
 
 
-def _not_started(what: str, error: RayActorError) -> RlhfError:
+def _not_started(name: str, error: RayActorError) -> RlhfError:
     """Ray keeps only the text of what a constructor raised."""
     ours = list(OUR_ERROR.finditer(str(error)))
     if not ours:
-        return TrainingError(f"{what}: the process could not start: {_last_line(error)}")
+        return TrainingError(f"{name}: the process could not start: {_last_line(error)}")
     message = str(error)[ours[-1].end() :].partition("\n\nThe above exception was")[0].strip()
     kind: type[RlhfError] = getattr(errors, ours[-1]["name"])
-    return kind(f"{what}: {message}")
+    return kind(f"{name}: {message}")
 
 
-def _died(what: str, error: RayActorError) -> TrainingError:
+def _died(name: str, error: RayActorError) -> TrainingError:
     reason = _last_line(error).rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0].rstrip(".")
-    return TrainingError(f"{what}: the process died ({reason}); out of memory is the usual cause")
+    return TrainingError(f"{name}: the process died ({reason}); out of memory is the usual cause")
 
 
 def _last_line(error: Exception) -> str:

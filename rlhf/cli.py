@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf.recipe.load import LoadedRecipe
 
 MAX_LINES = 6
+PLAN_WIDTH = 100
 INTERRUPTED = 130
 TERMINATED = 143
 UNEXPECTED = 1
@@ -125,24 +126,63 @@ def validate(loaded: LoadedRecipe) -> None:
 @main.command()
 @takes_recipe
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def plan(loaded: LoadedRecipe, as_json: bool) -> None:
-    """Print what RECIPE will do: stages, roles, batches, memory; fail when it does not fit."""
+@click.option("--gpu", metavar="NAME", help="Plan for GPUs of this kind, wherever they are: h100-80gb, l4-24gb, ...")
+def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
+    """Print what RECIPE will do: stages, roles, batches, memory, time; fail when it does not fit."""
     import json
     from dataclasses import asdict
 
     from rich.console import Console
 
-    from rlhf.recipe.plan import make_plan, render_plan
+    from rlhf.errors import ResourceError
+    from rlhf.recipe.devices import local_device, named_device
+    from rlhf.recipe.plan import make_plan
+    from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
 
     resources = local_resources()
-    made = make_plan(loaded, resources)
+    made = make_plan(loaded, resources, named_device(gpu) if gpu else local_device(), search=True)
     if as_json:
         click.echo(json.dumps(asdict(made), indent=2))
     else:
-        Console(highlight=False).print(render_plan(made))
-    if loaded.recipe.ray.address is None:
+        console = Console(highlight=False)
+        console.width = max(console.width, PLAN_WIDTH)
+        console.print(render_plan(made))
+    if loaded.recipe.ray.address is None and gpu is None:
         check_fits(loaded.recipe, resources)
+    if made.fit and made.fit.problems:
+        helps = f"; would help: {made.remedies[0]}" if made.remedies else ""
+        raise ResourceError(made.fit.problems[0] + helps)
+
+
+@main.command()
+@takes_recipe
+@click.option("--address", required=True, metavar="URL", help="The cluster's job server: http://HEAD:8265")
+@click.option("--name", help="Names the job; the recipe's name otherwise.")
+@click.option("--output", help="The run folder on the cluster; a relative one is made under RLHF_RUNS or ~/runs there.")
+@click.option("--wait/--no-wait", default=True, help="Follow the run and return its exit code, or return at once.")
+def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | None, wait: bool) -> None:
+    """Upload RECIPE with its local files to a running Ray cluster and run it there."""
+    from rlhf.recipe.upload import collect
+
+    recipe = loaded.recipe
+    folder = output or str(recipe.output_dir / recipe.name if recipe.output_dir.is_absolute() else recipe.name)
+    upload = collect(loaded)
+    _offer_token()
+    from actors.submit import submit
+
+    say = functools.partial(click.echo, nl=False)
+    job = submit(address, upload, folder, name or recipe.name, say)
+    if not wait:
+        click.echo(f"follow it with: ray job logs --follow --address {address} {job.name}")
+        return
+    try:
+        code = job.follow(say)
+    except KeyboardInterrupt:
+        click.echo(f"stopping {job.name}; once more leaves it running", err=True)
+        job.stop()
+        raise
+    sys.exit(code)
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,6 +14,7 @@ from torch import Tensor
 from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
 from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
+from rlhf.engines.shares import assemble, token_scores
 from rlhf.fingerprint import architecture_digest
 from rlhf.recipe.schema import Recipe
 from rlhf.roles import EnginePart, Ready, RolloutEngine, WeightReceipt
@@ -23,7 +25,7 @@ class LocalModel:
     """A `Policy`, `Reference`, `Reward` or `Critic` whose calls run here and now."""
 
     def __init__(self, spec: LearnerSpec) -> None:
-        self.learner = ModelLearner(spec)
+        self.learner = ModelLearner(replace(spec, ranks=1, offload="none"))
 
     def train(
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
@@ -37,19 +39,19 @@ class LocalModel:
 
     def logprobs(self, batch: TokenBatch) -> Ready[TokenScores]:
         """Score the response tokens."""
-        return Ready(self.learner.logprobs(batch))
+        return Ready(token_scores([self.learner.logprobs(batch)]))
 
     def base_logprobs(self, batch: TokenBatch) -> Ready[TokenScores]:
         """Score the response tokens with the adapters off."""
-        return Ready(self.learner.logprobs(batch, "base"))
+        return Ready(token_scores([self.learner.logprobs(batch, "base")]))
 
     def scores(self, batch: TokenBatch) -> Ready[Tensor]:
         """Return sequence rewards."""
-        return Ready(self.learner.scores(batch))
+        return Ready(assemble([self.learner.scores(batch)]))
 
     def values(self, batch: TokenBatch) -> Ready[Tensor]:
         """Return token values."""
-        return Ready(self.learner.values(batch))
+        return Ready(assemble([self.learner.values(batch)]))
 
     def standardise(self, mean: float, std: float) -> Ready[None]:
         """Fold (score - mean) / std into the head."""
@@ -151,6 +153,10 @@ class LocalLauncher:
             self.judging = None  # its memory goes before the next one's comes
             self.judging = spec, LocalRollout(spec)
         return self.judging[1]
+
+    def seconds_in_turns(self) -> float:
+        """Return 0: nothing changes hands in one process."""
+        return 0.0
 
     def release(self) -> None:
         """Nothing to do: models end with their last reference."""

@@ -177,6 +177,10 @@ class Launcher(Protocol):
         """Start an engine with a judge's own model, or reuse a live one of the same spec."""
         ...
 
+    def seconds_in_turns(self) -> float:
+        """Return the seconds spent so far on handing shared devices from the engine to models and back."""
+        ...
+
     def release(self) -> None:
         """Free the models of the stage that just finished; processes and the engines stay for the next."""
         ...

@@ -39,7 +39,8 @@ class ValueLoss(NamedTuple):
 def importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
     """Return min(exp(old - rollout), cap), without gradient: the trainer's probability over the sampling engine's.
 
-    Truncated importance sampling (Ionides 2008) corrects for an engine whose numbers differ from the trainer's.
+    Truncated importance sampling (Ionides 2008) corrects for an engine whose numbers differ from the trainer's, and
+    for one that sampled with older weights (`rlhf.stages.overlap`).
     """
     return (old_logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
 

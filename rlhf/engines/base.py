@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -9,10 +11,11 @@ from typing import Literal, Protocol, TypeVar
 from torch import Tensor, nn
 
 from rlhf.recipe.base import Lora, Optimizer
-from rlhf.recipe.role_schema import Offload, RolloutRole, ZeroStage
+from rlhf.recipe.role_schema import Offload, RoleName, RolloutRole, ZeroStage
 from rlhf.types import Metrics, Rows
 
 B = TypeVar("B", bound=Rows)
+T = TypeVar("T")
 B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
 
 
@@ -25,7 +28,7 @@ class LearnerSpec:
     `zero_stage` says of the model's state.
     """
 
-    role: str
+    role: RoleName
     kind: Literal["causal", "scalar"]
     checkpoint: Path
     dtype: Literal["bfloat16", "float32"]
@@ -44,7 +47,10 @@ class LearnerSpec:
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """All that is needed to build a rollout engine in any process; `max_length` is prompt + response tokens."""
+    """All that is needed to build a rollout engine in any process; `max_length` is prompt + response tokens.
+
+    `lora` is the largest adapter that the engine must serve; None where the policy's weights come merged.
+    """
 
     checkpoint: Path
     dtype: Literal["bfloat16", "float32"]
@@ -52,6 +58,7 @@ class RolloutSpec:
     max_length: int
     threads: int
     seed: int
+    lora: Lora | None = None
 
 
 class Objective(Protocol[B_contra]):
@@ -71,4 +78,20 @@ class TrainEngine(Protocol):
 
     def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch` (over all ranks) at `lr_scale` times the base rate."""
+        ...
+
+    def run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
+        """Return `function(module, batch)`, with the weights that the module needs in place."""
+        ...
+
+    def gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
+        """Make a context in which the parameters are whole on every rank; changes are kept where `writable`."""
+        ...
+
+    def holdings(self) -> list[object]:
+        """Return what leads to every tensor that the engine owns beside the module."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the module."""
         ...

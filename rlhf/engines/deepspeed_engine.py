@@ -1,35 +1,32 @@
-"""Training on many ranks with DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020): the same step as on one rank."""
+"""Models on many ranks with DeepSpeed ZeRO 0-3 (Rajbhandari et al. 2020): the same results as on one rank."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf.engines.base import B, Objective
+from rlhf.engines.base import B, Objective, T
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
-from rlhf.engines.shares import rank_shares
+from rlhf.engines.ranks import position
+from rlhf.engines.shares import filled, rank_shares
 from rlhf.engines.torch_engine import step_metrics
-from rlhf.errors import RecipeError
+from rlhf.engines.zero_config import Dtype, check_settings, zero_config
 from rlhf.models.lora import trainable_parameters
 from rlhf.recipe.base import Optimizer
+from rlhf.recipe.role_schema import Offload, ZeroStage
 from rlhf.types import Metrics, Rows
-
-Dtype = Literal["bfloat16", "float32"]
-
-LARGEST_BUCKET = 500_000_000
-"""Gradient elements that are reduced at once; smaller models get a buffer of their own size."""
-
-WHOLE_BELOW = 100_000
-"""ZeRO-3 keeps parameters with fewer elements whole on every rank."""
 
 
 class DeepSpeedEngine:
@@ -37,81 +34,106 @@ class DeepSpeedEngine:
 
     Every rank makes the same calls with the same whole batch; each works on its share, and the step equals that of
     `TorchEngine` on the whole batch. Low-precision parameters keep float32 masters. All ranks start from rank 0's
-    weights. Raises RecipeError for bfloat16 at stage 0, which has no masters there.
+    weights. At stage 3 the weights are cut too, one parameter after the other, so the module may start in main memory;
+    that also serves a frozen module (`optimizer` None). The ranks must have joined (`rlhf.engines.ranks`). Raises
+    RecipeError for settings that DeepSpeed lacks, such as bfloat16 at stage 0, which has no masters there.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         head_learning_rate: float | None,
         max_tokens: int,
-        zero_stage: Literal[0, 1, 2, 3],
+        zero_stage: ZeroStage,
         dtype: Dtype,
+        offload: Offload = "none",
     ) -> None:
-        if zero_stage == 0 and dtype == "bfloat16":
-            raise RecipeError("ZeRO stage 0 cannot train bfloat16 weights; use stage 1, 2 or 3, or dtype: float32")
+        check_settings(zero_stage, dtype, offload)
         self.module = module
-        self.settings = optimizer
+        self.max_grad_norm = optimizer.max_grad_norm if optimizer else 0.0
         self.max_tokens = max_tokens
         self.zero_stage = zero_stage
-        self.deepspeed = _joined_deepspeed()
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.rank, self.ranks = position()
+        self.deepspeed = _deepspeed()
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self.optimizer = build_adamw(named, optimizer, head_learning_rate)
         size = sum(parameter.numel() for _, parameter in named)
+        config = zero_config(zero_stage, dtype, offload, self.max_grad_norm, size)
         self.whole = _Whole(module)
-        self.engine, *_ = self.deepspeed.initialize(
-            model=self.whole,
-            optimizer=self.optimizer,
-            config=_config(zero_stage, dtype, optimizer.max_grad_norm, size),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            if zero_stage == 3:
+                self._cut(config)
+            self.optimizer = build_adamw(named, optimizer, head_learning_rate) if optimizer else None
+            self.engine, *_ = self.deepspeed.initialize(
+                model=self.whole, optimizer=self.optimizer, config=config, dist_init_required=False
+            )
 
     def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it and is counted.
 
         Every rank passes the same batch and gets the same metrics, over the whole batch.
         """
+        assert self.optimizer is not None
         metrics = self._accumulate(batch, objective)
         scale_learning_rates(self.optimizer, lr_scale)
         norm = self._step_plain() if self.zero_stage == 0 else self._step_partitioned()
         return _over_ranks(metrics, batch).merge(step_metrics(norm))
 
-    @contextmanager
-    def gathered(self, writable: bool = False) -> Iterator[None]:
-        """Return a context in which every parameter is whole on every rank; all ranks enter and leave together.
+    def run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
+        """Return `function(module, batch)`; at stage 3 every rank calls this equally often."""
+        return self.whole.run(function, batch)
+
+    def gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
+        """Return a context in which the parameters are whole on every rank; all ranks enter and leave together.
 
         Below stage 3 they always are, and this does nothing. At stage 3 changes are lost unless `writable`, which
         keeps those of rank 0 on all ranks.
         """
+        if self.zero_stage < 3:
+            return nullcontext()
+        self._release()
         gather = self.deepspeed.zero.GatheredParameters
-        parameters = list(self.module.parameters())
-        with gather(parameters, modifier_rank=0 if writable else None, enabled=self.zero_stage == 3):
-            yield
+        return gather(list(parameters), modifier_rank=0 if writable else None)
+
+    def holdings(self) -> list[object]:
+        """Return DeepSpeed's engine, whose buffers and partitions of gradients and optimizer hang on it."""
+        self._release()
+        return [self.engine, self.engine.optimizer, self.optimizer]
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module, which is of no use after stage 3."""
         self.engine.destroy()
 
+    def _cut(self, config: dict[str, Any]) -> None:
+        """Cut the parameters over the ranks, each as it comes to the device; buffers come whole."""
+        device = self.deepspeed.get_accelerator().current_device_name()
+        self.deepspeed.zero.Init(module=self.whole, config_dict_or_path=config)
+        for buffer in self.whole.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def _release(self) -> None:
+        """Drop the whole parameters that stage 3 keeps for the next pass, up to a billion elements of them."""
+        if self.zero_stage == 3:
+            self.engine.optimizer.empty_partition_cache()
+
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)
         passes = rank_shares(batch.lengths(), self.ranks, self.max_tokens)[self.rank]
-        shortest = int(batch.lengths().argmin())
         metrics = Metrics()
         self.engine.train()
-        for index, rows in enumerate(passes):
+        for index, (rows, part) in enumerate(filled(batch, passes)):
             self.engine.set_gradient_accumulation_boundary(index == len(passes) - 1)
-            loss = self.engine(objective, batch.select(rows or [shortest]).trim())
+            loss = self.engine(objective.loss, part)
             # ZeRO reduces in every pass, so a rank without rows joins in with a gradient of nothing.
             self.engine.backward(loss * (self.ranks if rows else 0.0) / total)
-            measured = self.whole.metrics
+            _, measured = self.whole.result
             metrics = metrics.merge(measured if rows else Metrics(dict.fromkeys(measured, (0.0, 0.0))))
+        self.whole.result = None
         return metrics
 
     def _step_plain(self) -> float:
         """Clip and step at stage 0, where DeepSpeed neither reports the norm nor looks for NaN."""
-        norm = float(nn.utils.clip_grad_norm_(trainable_parameters(self.module), self.settings.max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(trainable_parameters(self.module), self.max_grad_norm))
         if math.isfinite(norm):
             self.engine.step()
         else:
@@ -124,51 +146,40 @@ class DeepSpeedEngine:
 
 
 class _Whole(nn.Module):
-    """Makes an objective's loss one forward pass of DeepSpeed's, whichever parts of the module it calls."""
+    """Makes any use of the module one forward pass of DeepSpeed's, whichever parts of the module it calls."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.metrics = Metrics()
+        self.result: Any = None
 
-    def forward(self, objective: Objective[B], batch: B) -> Tensor:
-        """Return the sum of the loss over the batch and keep the metrics."""
-        loss, self.metrics = objective.loss(self.module, batch)
-        return loss
+    def forward(self, function: Callable[[nn.Module, B], Any], batch: B) -> Tensor | None:
+        """Keep `function(module, batch)` as `result`; return its loss, if it begins with one, for the way backward."""
+        self.result = function(self.module, batch)
+        return self.result[0] if isinstance(self.result, tuple) else None
+
+    def run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
+        """Return `function(module, batch)`."""
+        self(function, batch)
+        result, self.result = self.result, None
+        return result
 
 
-def _joined_deepspeed() -> ModuleType:
-    """Import DeepSpeed for this machine's device and join the ranks that the environment (RANK, ...) describes."""
+def _deepspeed() -> ModuleType:
+    """Import DeepSpeed for this machine's device and let it use the group that this process joined."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with contextlib.redirect_stdout(io.StringIO()):
+        import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not on_gpu:
-        # Or joining compiles a kernel for inference with the machine's C++ compiler, which takes a minute or two.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if not on_gpu:
+            # Or joining compiles a kernel for inference with the machine's C++ compiler, which takes minutes.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
     return deepspeed
-
-
-def _config(zero_stage: int, dtype: Dtype, max_grad_norm: float, size: int) -> dict[str, Any]:
-    """Return DeepSpeed's settings; the engine itself counts passes, clips at stage 0 and scales the rates."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm if zero_stage else 0.0,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": {
-            "stage": zero_stage,
-            "reduce_bucket_size": min(size, LARGEST_BUCKET),
-            "stage3_param_persistence_threshold": WHOLE_BELOW,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def _over_ranks(metrics: Metrics, batch: Rows) -> Metrics:

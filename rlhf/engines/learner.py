@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
-from rlhf.engines.base import B, LearnerSpec, Objective
-from rlhf.engines.microbatch import micro_batches
-from rlhf.engines.scoring import response_values, score_rows, score_tokens, sequence_scores
+from rlhf.engines.base import B, LearnerSpec, Objective, TrainEngine
+from rlhf.engines.offloading import Parked
+from rlhf.engines.ranks import exchanging, join_alone, position
+from rlhf.engines.scoring import response_values, score_share, sequence_scores, token_scores
+from rlhf.engines.shares import Part, filled, rank_shares
 from rlhf.engines.torch_engine import TorchEngine
+from rlhf.errors import RecipeError
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import adapters_off, add_lora, merged_weights
+from rlhf.models.lora import (
+    adapter_config,
+    adapter_weights,
+    adapters_off,
+    add_lora,
+    leave_whole,
+    merged_weights,
+    unwrapped,
+)
+from rlhf.models.recompute import recompute_activations
 from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.types import Metrics, TokenBatch, TokenScores
+from rlhf.types import Metrics, Rows, TokenBatch
+
+T = TypeVar("T")
 
 
 class ModelLearner:
-    """Policy, reference, reward model or critic, by its spec; every method waits until it is done."""
+    """Policy, reference, reward model or critic, by its spec; every method waits until it is done.
+
+    With several ranks each has one of these, after `rlhf.engines.ranks.join`, and all make the same calls with the same
+    arguments. Raises TrainingError, which names the call, when another rank is lost.
+    """
 
     def __init__(self, spec: LearnerSpec) -> None:
         self.spec = spec
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
+        if _wants_group(spec):
+            join_alone()
+        self.rank, ranks = position() if _wants_group(spec) else (0, 1)
+        if ranks != spec.ranks:
+            raise RuntimeError(f"{spec.role} is one of {spec.ranks} ranks, but {ranks} have joined")
         if spec.kind == "causal":
             model = load_causal(spec.checkpoint, spec.dtype)
         else:
@@ -38,63 +62,151 @@ class ModelLearner:
             model = add_lora(model, spec.lora, spec.kind, spec.seed)
         elif not spec.optimizer:
             model.requires_grad_(False)
-        self.model = model.to(self.device).eval()
-        self.engine = (
-            TorchEngine(self.model, spec.optimizer, spec.head_learning_rate, spec.max_tokens_per_microbatch)
-            if spec.optimizer
-            else None
-        )
+        if spec.optimizer and spec.gradient_checkpointing:
+            recompute_activations(model)
+        self.model = model.eval()
+        self.parked: Parked | None = None
+        with exchanging(f"{spec.role}.build"):
+            self.engine = self._engine()
 
     def train(
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> Metrics:
-        """Make one optimizer step per minibatch, each a list of row indices of `batch`."""
-        if self.engine is None:
+        """Make one optimizer step per minibatch, each a list of rows of `batch`; the metrics are of all ranks."""
+        if self.engine is None or not self.spec.optimizer:
             raise RuntimeError(f"{self.spec.role} is frozen")
         batch = batch.to(self.device)
         metrics = Metrics()
-        for rows in minibatches:
-            metrics = metrics.merge(self.engine.step(batch.select(rows), objective, lr_scale))
+        with exchanging(f"{self.spec.role}.train"):
+            for rows in minibatches:
+                metrics = metrics.merge(self.engine.step(batch.select(rows), objective, lr_scale))
         self.model.eval()
         return metrics
 
     @torch.no_grad()
     def evaluate(self, batch: B, objective: Objective[B]) -> Metrics:
-        """Return the objective's metrics over the batch, without gradients."""
+        """Return the objective's metrics over this rank's share of the batch, without gradients."""
+        batch = batch.to(self.device)
         metrics = Metrics()
-        for _, part in micro_batches(batch.to(self.device), self.spec.max_tokens_per_microbatch):
-            metrics = metrics.merge(objective.loss(self.model, part)[1])
+        with exchanging(f"{self.spec.role}.evaluate"):
+            for rows, part in filled(batch, self._passes(batch)):
+                _, found = self._run(objective.loss, part)
+                metrics = metrics.merge(found) if rows else metrics
         return metrics
 
-    def logprobs(self, batch: TokenBatch, source: Literal["policy", "base"] = "policy") -> TokenScores:
-        """Score the response tokens, `[B, T]`; `base` switches the adapters off (the shared reference)."""
+    def logprobs(self, batch: TokenBatch, source: Literal["policy", "base"] = "policy") -> Part:
+        """Score the response tokens of this rank's rows, `[rows, 2, T]`: logprob and entropy.
+
+        `base` switches the adapters off (the shared reference).
+        """
+
+        def score(model: nn.Module, part: TokenBatch) -> Tensor:
+            return token_scores(model, part, self.spec.temperature)
+
         with adapters_off(self.model) if source == "base" else nullcontext():
-            return score_tokens(
-                self.model, batch.to(self.device), self.spec.temperature, self.spec.max_tokens_per_microbatch
-            )
+            return self._score("logprobs", score, batch)
 
-    def scores(self, batch: TokenBatch) -> Tensor:
-        """Return the reward of each whole sequence, `[B]`."""
-        return score_rows(sequence_scores, self.model, batch.to(self.device), self.spec.max_tokens_per_microbatch)
+    def scores(self, batch: TokenBatch) -> Part:
+        """Return the reward of each whole sequence of this rank's rows, `[rows]`."""
+        return self._score("scores", sequence_scores, batch)
 
-    def values(self, batch: TokenBatch) -> Tensor:
-        """Return the value before each response token, `[B, T]`."""
-        return score_rows(response_values, self.model, batch.to(self.device), self.spec.max_tokens_per_microbatch)
+    def values(self, batch: TokenBatch) -> Part:
+        """Return the value before each response token of this rank's rows, `[rows, T]`."""
+        return self._score("values", response_values, batch)
 
     def standardise(self, mean: float, std: float) -> None:
         """Fold (score - mean) / std into the scalar head."""
-        fold_standardisation(self.model, mean, std)
+        head = unwrapped(self.model).score.weight
+        with exchanging(f"{self.spec.role}.standardise"), self._gathered([head], writable=True):
+            fold_standardisation(self.model, mean, std)
 
     def offload(self) -> None:
-        """Move weights, gradients and optimizer to main memory."""
+        """Move weights, gradients and optimizer to main memory; on CPU they are there."""
+        if self.parked is None and self.device.type != "cpu":
+            self.parked = Parked([self.model, *(self.engine.holdings() if self.engine else ())], self.device)
 
     def reload(self) -> None:
         """Move them back to the device."""
+        if self.parked is not None:
+            self.parked.reload()
+            self.parked = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) as in the Hugging Face checkpoint, adapters merged."""
-        return merged_weights(self.model)
+        """Yield (name, tensor) as in the Hugging Face checkpoint, adapters merged; each is good until the next.
+
+        Where the weights are cut over ranks, all ranks iterate to the end.
+        """
+        with exchanging(f"{self.spec.role}.weights"):
+            yield from merged_weights(self.model, self._gathered)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of the adapters as in a PEFT checkpoint; otherwise like `weights`."""
+        with exchanging(f"{self.spec.role}.adapter_weights"):
+            yield from adapter_weights(self._adapted(), self._gathered)
+
+    def adapter_config(self) -> dict[str, Any]:
+        """Return what belongs into PEFT's `adapter_config.json`."""
+        return adapter_config(self._adapted())
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder with adapters merged, and the tokenizer."""
-        save_merged(self.model, load_tokenizer(self.spec.checkpoint), folder, self.spec.dtype)
+        """Let rank 0 write a Hugging Face folder with adapters merged, and the tokenizer."""
+        tokenizer = load_tokenizer(self.spec.checkpoint)
+        with exchanging(f"{self.spec.role}.save"):
+            save_merged(self.model, tokenizer, folder, self.spec.dtype, self._gathered, write=self.rank == 0)
+
+    def close(self) -> None:
+        """Free the engine; the model is of no use afterwards."""
+        self.parked = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def _engine(self) -> TrainEngine | None:
+        """Build the engine of a model that is trained or cut over ranks, and bring the model to the device."""
+        spec = self.spec
+        if not _wants_deepspeed(spec):
+            self.model.to(self.device)
+            if spec.optimizer is None:
+                return None
+            return TorchEngine(self.model, spec.optimizer, spec.head_learning_rate, spec.max_tokens_per_microbatch)
+        from rlhf.engines.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            self.model,
+            spec.optimizer,
+            spec.head_learning_rate,
+            spec.max_tokens_per_microbatch,
+            spec.zero_stage,
+            spec.dtype,
+            spec.offload,
+        )
+
+    def _score(self, name: str, score: Callable[[nn.Module, TokenBatch], Tensor], batch: TokenBatch) -> Part:
+        batch = batch.to(self.device)
+        with exchanging(f"{self.spec.role}.{name}"):
+            return score_share(lambda part: self._run(score, part), batch, self._passes(batch))
+
+    def _passes(self, batch: Rows) -> list[list[int]]:
+        return rank_shares(batch.lengths(), self.spec.ranks, self.spec.max_tokens_per_microbatch)[self.rank]
+
+    def _run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
+        return self.engine.run(function, batch) if self.engine else function(self.model, batch)
+
+    def _gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
+        return self.engine.gathered(parameters, writable) if self.engine else leave_whole(parameters)
+
+    def _adapted(self) -> PeftModel:
+        if not isinstance(self.model, PeftModel):
+            raise RecipeError(f"{self.spec.role} trains all its weights, so it has no adapters; use `lora`")
+        return self.model
+
+
+def _wants_deepspeed(spec: LearnerSpec) -> bool:
+    """Return whether ranks share the model's state, or it is kept out of the device; copies of a frozen one do not."""
+    if spec.optimizer is not None:
+        return spec.ranks > 1 or spec.offload != "none"
+    return spec.zero_stage == 3 and (spec.ranks > 1 or spec.offload == "parameters")
+
+
+def _wants_group(spec: LearnerSpec) -> bool:
+    return spec.ranks > 1 or _wants_deepspeed(spec)

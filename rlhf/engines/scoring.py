@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad
 
 from rlhf.algorithms.logprobs import align, entropies, selected_logprobs
 from rlhf.algorithms.masked import last_index
-from rlhf.engines.microbatch import micro_batches
+from rlhf.engines.shares import Part, filled
 from rlhf.models.scalar import token_values
-from rlhf.types import TokenBatch, TokenScores
+from rlhf.types import TokenBatch
 
 SHORT = 256
 
@@ -51,7 +52,7 @@ def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 
 
 
 def _place(part: Tensor, batch: TokenBatch, span: slice) -> Tensor:
-    padded = nn.functional.pad(part, (span.start, batch.width - span.stop))
+    padded = pad(part, (span.start, batch.width - span.stop))
     return padded.masked_fill(~batch.response_mask, 0.0)
 
 
@@ -69,25 +70,21 @@ def sequence_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
     return values.gather(1, last_index(batch.attention_mask)[:, None]).squeeze(1)
 
 
-@torch.no_grad()
-def score_tokens(model: nn.Module, batch: TokenBatch, temperature: float, max_tokens: int) -> TokenScores:
-    """Return logprobs and entropies of the whole batch, `[B, T]`, in passes of at most `max_tokens`."""
-    scores = TokenScores(torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape))
-    for rows, part in micro_batches(batch, max_tokens):
-        logits, targets, span = response_logits(model, part, temperature)
-        scores.logprobs[rows, : part.width] = _place(selected_logprobs(logits, targets), part, span).cpu()
-        scores.entropy[rows, : part.width] = _place(entropies(logits), part, span).cpu()
-    return scores
+def token_scores(model: nn.Module, batch: TokenBatch, temperature: float) -> Tensor:
+    """Return logprobs and entropies of the response tokens, `[B, 2, T]` float32, 0 elsewhere."""
+    logits, targets, span = response_logits(model, batch, temperature)
+    found = (selected_logprobs(logits, targets), entropies(logits))
+    return torch.stack([_place(values, batch, span) for values in found], dim=1)
 
 
 @torch.no_grad()
-def score_rows(
-    score: Callable[[nn.Module, TokenBatch], Tensor], model: nn.Module, batch: TokenBatch, max_tokens: int
-) -> Tensor:
-    """Apply `sequence_scores` (`[B]`) or `response_values` (`[B, T]`) in passes of at most `max_tokens`."""
-    parts = [(rows, score(model, part).cpu()) for rows, part in micro_batches(batch, max_tokens)]
-    shape = (len(batch),) if parts[0][1].ndim == 1 else tuple(batch.tokens.shape)
-    result = torch.zeros(shape)
-    for rows, part in parts:
-        result[(rows,) if part.ndim == 1 else (rows, slice(part.shape[1]))] = part
-    return result
+def score_share(score: Callable[[TokenBatch], Tensor], batch: TokenBatch, passes: Sequence[Sequence[int]]) -> Part:
+    """Return what `score` says of the rows of all passes: one value a row, or `[.., T]` padded to the batch's width.
+
+    An empty pass runs the shortest row and drops it, so that ranks that exchange weights make equally many.
+    """
+    parts = []
+    for rows, part in filled(batch, passes):
+        values = score(part).cpu()[: len(rows)]
+        parts.append(pad(values, (0, batch.width - part.width)) if values.ndim > 1 else values)
+    return Part([row for rows in passes for row in rows], torch.cat(parts))

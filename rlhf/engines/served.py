@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import xxhash
 
 from rlhf.engines.shared_memory import tensor_bytes
 from rlhf.errors import TrainingError
+from rlhf.roles import EnginePart
 
-Phase = Literal["serving", "receiving", "failed", "complete"]
+Backend = Literal["shared_memory", "nccl", "ipc"]
+Phase = Literal["serving", "receiving", "failed", "complete", "asleep", "empty"]
+
+
+class Transport(NamedTuple):
+    """How weights reach a replica: by what, into how many worker processes, on which node, and as adapters or whole."""
+
+    backend: Backend
+    workers: int
+    node: str = ""
+    adapters: bool = False
 
 
 class Ledger:
@@ -27,26 +40,49 @@ class Ledger:
     def add(self, announcement: dict[str, Any]) -> None:
         """Enter one `update_weights` announcement of any backend."""
         names, dtypes, shapes = (announcement[key] for key in ("names", "dtype_names", "shapes"))
-        described = json.dumps([self.checksum, names, dtypes, [list(shape) for shape in shapes]])
-        self.checksum = announcement.get("checksum") or xxhash.xxh3_64(described.encode()).hexdigest()
+        self.checksum = announcement.get("checksum") or self._described(names, dtypes, shapes)
         self.bytes += sum(tensor_bytes(dtype, shape) for dtype, shape in zip(dtypes, shapes, strict=True))
+
+    def _described(self, names: list[str], dtypes: list[str], shapes: list[list[int]]) -> str:
+        description = json.dumps([self.checksum, names, dtypes, [list(shape) for shape in shapes]])
+        return xxhash.xxh3_64(description.encode()).hexdigest()
 
 
 class ServedWeights:
-    """The state of an engine's weights: it serves only in phase `serving`.
+    """The state of an engine's weights: it serves only in phase `serving`, with its KV cache awake.
 
-    `begin` -> `receive`, again and again -> `finish` -> `declare`; after a failure only `begin` leads back.
+    `begin` -> `receiving`, again and again -> `finish` -> `declare`; after a failure only `begin` leads back. An engine that
+    slept goes through `wake("weights")`, a whole update and `wake("kv_cache")`.
     """
 
     def __init__(self) -> None:
         self.phase: Phase = "serving"
         self.version = 0
         self.ledger = Ledger()
+        self.cache_awake = True
 
     def begin(self) -> None:
-        """Stop serving; whatever was under way before is void."""
+        """Stop serving; whatever was under way before is void. TrainingError while there is no room for weights."""
+        if self.phase == "asleep":
+            raise TrainingError("the rollout engine is asleep: wake its weights before an update")
         self.phase = "receiving"
         self.ledger = Ledger()
+
+    @contextmanager
+    def receiving(self, announcement: dict[str, Any]) -> Iterator[None]:
+        """Take in, inside, what was announced; a failure there voids the update.
+
+        Raises:
+            TrainingError: no update is under way.
+        """
+        if self.phase != "receiving":
+            raise TrainingError(f"weights came, but no update of them is under way ({self.phase})")
+        try:
+            yield
+        except BaseException:
+            self.phase = "failed"
+            raise
+        self.ledger.add(announcement)
 
     def finish(self) -> None:
         """All tensors are in place; TrainingError when none came."""
@@ -54,19 +90,52 @@ class ServedWeights:
             raise TrainingError(f"a weight update was finished, but no weights have arrived (phase {self.phase})")
         self.phase = "complete"
 
-    def declare(self, version: int) -> tuple[int, str]:
-        """Serve as `version` from now on; return it and the checksum. TrainingError when the update is unfinished."""
+    def declare(self, version: int, checksum: str | None = None) -> tuple[int, str]:
+        """Serve as `version` from now on; return it and the checksum.
+
+        Raises:
+            TrainingError: the update is unfinished, or its checksum is not the one given.
+        """
         if self.phase != "complete":
             raise TrainingError(f"version {version} was declared, but its weights have not arrived ({self.phase})")
+        if checksum not in (None, self.ledger.checksum):
+            self.phase = "failed"
+            raise TrainingError(f"weights arrived with checksum {self.ledger.checksum}, but {checksum} was sent")
         self.phase = "serving"
         self.version = version
         return self.served()
+
+    def sleep(self) -> None:
+        """Neither weights nor KV cache are there any more."""
+        self.phase = "asleep"
+        self.cache_awake = False
+
+    def wake(self, part: EnginePart) -> bool:
+        """Note that there is room for a part again; return whether it was asleep.
+
+        Raises:
+            TrainingError: the KV cache is woken before weights are served.
+        """
+        if part == "weights":
+            asleep = self.phase == "asleep"
+            if asleep:
+                self.phase = "empty"
+            return asleep
+        if self.phase != "serving":
+            raise TrainingError(f"the KV cache was woken before weights were published ({self.phase})")
+        asleep = not self.cache_awake
+        self.cache_awake = True
+        return asleep
 
     def served(self) -> tuple[int, str]:
         """Return version and checksum (empty for the weights that the engine began with)."""
         return self.version, self.ledger.checksum
 
     def check_serving(self) -> None:
-        """Raise TrainingError unless whole, declared weights are in place."""
+        """Raise TrainingError unless whole, declared weights are in place, and a KV cache."""
+        if self.phase in ("asleep", "empty"):
+            raise TrainingError("the rollout engine cannot generate: it slept, and no weights were published since")
         if self.phase != "serving":
             raise TrainingError(f"the rollout engine cannot generate: a weight update is unfinished ({self.phase})")
+        if not self.cache_awake:
+            raise TrainingError("the rollout engine cannot generate: its KV cache is asleep")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.base import B, Objective
+from rlhf.engines.base import B, Objective, T
 from rlhf.engines.microbatch import micro_batches
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
 from rlhf.recipe.base import Optimizer
@@ -42,6 +44,21 @@ class TorchEngine:
         for master in self.masters:
             master.grad = None
         return metrics.merge(step_metrics(norm))
+
+    def run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
+        """Return `function(module, batch)`."""
+        return function(self.module, batch)
+
+    def gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
+        """Do nothing: parameters are always whole here."""
+        return nullcontext()
+
+    def holdings(self) -> list[object]:
+        """Return the masters and the optimizer."""
+        return [self.masters, self.optimizer]
+
+    def close(self) -> None:
+        """Do nothing: the module stays as it is."""
 
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)

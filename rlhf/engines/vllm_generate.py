@@ -5,33 +5,35 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from rlhf.engines.adapter import ArrivingAdapter, adapter_settings, serves_adapters
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
-from rlhf.engines.served import ServedWeights
-from rlhf.engines.shared_memory import folder_weights
+from rlhf.engines.gate import Gate
+from rlhf.engines.served import Backend, ServedWeights, Transport
+from rlhf.engines.shared_memory import Inbox, folder_weights, send
+from rlhf.engines.vllm_batch import SharedBatch
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.roles import WeightReceipt
+from rlhf.recipe.role_schema import RolloutRole
+from rlhf.roles import EnginePart, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
 
-Backend = Literal["shared_memory", "nccl", "ipc"]
 
-
-def backend_for(gpus: float) -> Backend:
-    """Return how weights reach an engine that holds `gpus`: none, a part of the policy's GPU, or GPUs of its own.
+def backend_for(role: RolloutRole, on_cpu: bool) -> Backend:
+    """Return how weights reach an engine: on the CPU, on the policy's GPUs, or on GPUs of its own.
 
     NCCL cannot join two processes on one GPU, and CUDA IPC cannot leave it.
     """
-    if not gpus:
+    if on_cpu:
         return "shared_memory"
-    return "ipc" if gpus < 1 else "nccl"
+    return "ipc" if role.share == "policy" else "nccl"
 
 
 class VllmEngine:
@@ -59,8 +61,13 @@ class VllmEngine:
         _check(spec, on_cpu)
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.backend = backend_for(spec.role.gpus)
+        self.backend = backend_for(spec.role, on_cpu)
+        self.sleeps = self.backend == "ipc"
         self.weights = ServedWeights()
+        self.inbox = Inbox()
+        self.arriving: ArrivingAdapter | None = None
+        self.adapter: LoRARequest | None = None
+        self.gate = Gate(self.weights.check_serving)
         self.tokenizer = load_tokenizer(spec.checkpoint)
         self.llm: LLM = LLM(
             model=str(spec.checkpoint),
@@ -74,18 +81,21 @@ class VllmEngine:
             enforce_eager=on_cpu,
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=self.backend),
+            enable_sleep_mode=self.sleeps,
+            **adapter_settings(spec),
         )
+        self.batch = SharedBatch(self.llm.llm_engine)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """Draw `len(seeds[i])` responses to prompt i, one per seed, in the order of prompts and seeds.
 
         `logprobs` are those of the sampled tokens under the distribution they were drawn from (temperature and top_p
-        applied). In float32 a seed gives the same response in any batch. Temperature 0 is greedy.
+        applied). In float32 a seed gives the same response in any batch. Temperature 0 is greedy. Several threads may
+        call at once: their requests run in one batch, and a weight update waits for them.
 
         Raises:
             TrainingError: a weight update is under way, or a prompt leaves no room for the response.
         """
-        self.weights.check_serving()
         for prompt in prompts:
             if len(prompt.tokens) + sampling.max_tokens > self.spec.max_length:
                 raise TrainingError(
@@ -93,12 +103,13 @@ class VllmEngine:
                     f"that exceeds the engine's {self.spec.max_length}: lower max_prompt_tokens or max_response_tokens"
                 )
         jobs = [(prompt, seed) for prompt, row in zip(prompts, seeds, strict=True) for seed in row]
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt.tokens)} for prompt, _ in jobs],
-            [self._parameters(sampling, seed) for _, seed in jobs],
-            use_tqdm=False,
-        )
-        return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(jobs, outputs, strict=True)]
+        with self.gate.passing():
+            outputs = self.batch.generate(
+                [prompt.tokens for prompt, _ in jobs],
+                [self._parameters(sampling, seed) for _, seed in jobs],
+                self.adapter,
+            )
+            return [self._rollout(prompt, seed, output) for (prompt, seed), output in zip(jobs, outputs, strict=True)]
 
     def load(self, folder: Path, version: int) -> WeightReceipt:
         """Serve the weights of a Hugging Face folder of the same architecture, as `version`.
@@ -106,18 +117,15 @@ class VllmEngine:
         Raises:
             RecipeError: the folder holds no safetensors.
         """
-        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-
-        from rlhf.engines.vllm_transfer import ReplayedSource, SharedMemoryTrainerInitInfo
+        from rlhf.engines.vllm_transfer import described
 
         started = time.perf_counter()
-        source = ReplayedSource(partial(folder_weights, folder))
         if self.backend == "shared_memory":
-            WeightTransferTrainerFactory.trainer_init(
-                SharedMemoryTrainerInitInfo(rank=0), client=self, source=source
-            ).send_weights()
+            self.start_weight_update()
+            send(folder_weights(folder), self.update_weights)
+            self.finish_weight_update()
         else:
-            self._reload(folder, source.announcement())
+            self._reload(folder, described(folder_weights(folder)))
         version, checksum = self.update_weight_version(version)
         return WeightReceipt(version, checksum, self.weights.ledger.bytes, time.perf_counter() - started)
 
@@ -125,9 +133,9 @@ class VllmEngine:
         """Return the version and the checksum of its weights (empty for the weights the engine began with)."""
         return self.weights.served()
 
-    def transport(self) -> tuple[Backend, int]:
-        """Return how weights reach this engine, and into how many worker processes."""
-        return self.backend, self.spec.role.tensor_parallel
+    def transport(self) -> Transport:
+        """Return how weights reach this engine."""
+        return Transport(self.backend, self.spec.role.tensor_parallel, adapters=serves_adapters(self.spec))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect to the trainer."""
@@ -137,54 +145,81 @@ class VllmEngine:
         """Disconnect from the trainer."""
         self.llm.shutdown_weight_transfer_engine()
 
-    def start_weight_update(self) -> None:
-        """Stop serving and begin an update; an earlier one that its trainer abandoned is closed first."""
-        if self.weights.phase == "receiving":
-            self.llm.finish_weight_update()
+    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
+        """Stop serving and begin an update; an earlier one that its trainer abandoned is closed first.
+
+        What comes is a whole checkpoint or, with `adapter` (PEFT's adapter_config.json), a LoRA adapter.
+        """
+        abandoned = self.weights.phase == "receiving" and self.arriving is None
         self.weights.begin()
-        self.llm.start_weight_update()
+        self.gate.drain()
+        if abandoned:
+            self.llm.finish_weight_update()
+        self.arriving = ArrivingAdapter(adapter, self.inbox) if adapter else None
+        if self.arriving is None:
+            self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive some of the tensors; after a failure only a new update makes the engine serve again."""
-        try:
-            self.llm.update_weights({"update_info": update_info})
-        except BaseException:
-            self.weights.phase = "failed"
-            raise
-        self.weights.ledger.add(update_info)
+        with self.weights.receiving(update_info):
+            if self.arriving is None:
+                self.llm.update_weights({"update_info": update_info})
+            else:
+                self.arriving.receive(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Put the tensors in place and forget the keys and values that the old ones computed."""
-        self.llm.finish_weight_update()
         self.weights.finish()
-        self._forget_prefixes()
+        try:
+            if self.arriving is None:
+                self.llm.finish_weight_update()
+            self.adapter = self.arriving.install(self.llm) if self.arriving else None
+            self._forget_prefixes()
+        except BaseException:
+            self.weights.phase = "failed"
+            raise
+        self.arriving = None
         if weight_version is not None:
             self.update_weight_version(int(weight_version))
 
-    def update_weight_version(self, version: int) -> tuple[int, str]:
+    def update_weight_version(self, version: int, checksum: str | None = None) -> tuple[int, str]:
         """Serve again; from now on rollouts carry `version`. Return what `served` returns.
 
         Raises:
-            TrainingError: the update was not finished.
+            TrainingError: the update was not finished, or what arrived has not this checksum.
         """
         self.llm.update_weight_version(str(version))
-        return self.weights.declare(version)
+        return self.weights.declare(version, checksum)
+
+    def sleep(self) -> None:
+        """Drop weights and KV cache from the GPU; a base that only its adapter changes is kept in main memory."""
+        self.weights.sleep()
+        self.gate.drain()
+        if self.sleeps:
+            self.llm.sleep(level=1 if serves_adapters(self.spec) else 2)
+
+    def wake(self, part: EnginePart) -> None:
+        """Get room for weights, which must then be published, or for the KV cache after that."""
+        if self.weights.wake(part) and self.sleeps:
+            self.llm.wake_up([part])
 
     def _reload(self, folder: Path, announcement: dict[str, Any]) -> None:
         """Let each GPU worker read the folder itself."""
         self.weights.begin()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        self.weights.ledger.add(announcement)
-        self.weights.finish()
+        self.gate.drain()
+        with self.weights.receiving(announcement):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.adapter = None
         self._forget_prefixes()
+        self.weights.finish()
 
     def _forget_prefixes(self) -> None:
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
-            self.weights.phase = "failed"
             raise TrainingError("vLLM kept its prefix cache, whose keys and values belong to the old weights")
 
     def _parameters(self, sampling: Sampling, seed: int) -> SamplingParams:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -195,6 +230,7 @@ class VllmEngine:
             allowed_token_ids=list(sampling.allowed) or None,
             logprobs=0,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _rollout(self, prompt: Prompt, seed: int, output: RequestOutput) -> Rollout:

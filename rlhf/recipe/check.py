@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
 
 from rlhf.recipe.base import DataSource, Judge, LlmJudge, ModelJudge, StageData
-from rlhf.recipe.messages import Loc, near
+from rlhf.recipe.check_roles import check_roles
+from rlhf.recipe.messages import Finding, Loc, near
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage, PolicyGradientStage, ReinforceStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import STAGE_KINDS, AnnotateStage, CompareStage, RewardStage, SftStage, Stage
 
-Finding: TypeAlias = "tuple[Loc, str]"
 BASE = "base"
 CHECKPOINT = "checkpoint"
 LANGUAGE_MODELS = (BASE, CHECKPOINT, *(kind for kind in STAGE_KINDS if kind not in ("annotate", "reward", "compare")))
@@ -20,7 +19,7 @@ LANGUAGE_MODELS = (BASE, CHECKPOINT, *(kind for kind in STAGE_KINDS if kind not 
 
 def check_references(recipe: Recipe) -> list[Finding]:
     """Return (location, message) for everything that does not fit together; empty when all is well."""
-    findings = [*_roles(recipe), *_seeds(recipe)]
+    findings = [*check_roles(recipe), *_seeds(recipe)]
     earlier: dict[str, str] = dict.fromkeys(recipe.checkpoints, CHECKPOINT) | {BASE: BASE}
     names = {stage.name for stage in recipe.stages}
     for index, stage in enumerate(recipe.stages):
@@ -113,6 +112,12 @@ def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
                 ("redraws",),
                 "dynamic sampling compares a prompt's samples: samples_per_prompt must be at least 2",
             )
+        if isinstance(stage, PolicyGradientStage) and stage.redraws and stage.staleness:
+            yield (
+                ("staleness",),
+                "dynamic sampling (redraws) scores what it drew before it draws again, which cannot go on beside "
+                "learning: set staleness: 0 or redraws: 0",
+            )
         if isinstance(stage.reward, LlmJudge) and stage.samples_per_prompt < 2:
             yield (
                 ("samples_per_prompt",),
@@ -143,19 +148,3 @@ def _seeds(recipe: Recipe) -> Iterator[Finding]:
             if stage.baseline in repeated:
                 why = f"{stage.baseline!r} runs once per seed; the baseline must be one model, say the common start"
                 yield ("stages", index, "baseline"), why
-
-
-def _roles(recipe: Recipe) -> Iterator[Finding]:
-    for name in type(recipe.roles).model_fields:
-        gpus = getattr(recipe.roles, name).gpus
-        if gpus > 1 and gpus != int(gpus):
-            yield ("roles", name, "gpus"), f"must be whole above 1, got {gpus:g}"
-    for name, engine in (("rollout", recipe.roles.rollout), ("judge", recipe.roles.judge)):
-        if engine.gpus and engine.tensor_parallel > 1 and engine.gpus != engine.tensor_parallel:
-            needed = f"tensor_parallel: {engine.tensor_parallel} needs gpus: {engine.tensor_parallel} for each replica"
-            yield ("roles", name, "gpus"), f"{needed}, got {engine.gpus:g}"
-    if recipe.roles.reference.share == "policy":
-        for stage in recipe.stages:
-            if isinstance(stage, OnlineStage) and (stage.lora or recipe.lora) == "full":
-                why = f"stage {stage.name!r} trains all weights, so the policy cannot also be its own reference"
-                yield ("roles", "reference", "share"), f"{why}; leave `share` out or train with LoRA"

@@ -23,12 +23,17 @@ COMMAND_LINE = Mark(None)
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe with absolute paths, and the file it came from; `text` is that file without its base."""
+    """A valid recipe with absolute paths, and the file it came from; `text` is that file without its base.
+
+    `root` is what was written, with its base and `overrides` (those of `--set`): paths as they stand there.
+    """
 
     recipe: Recipe
     path: Path
     text: str
     folder: Path
+    root: Node
+    overrides: tuple[str, ...]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -42,7 +47,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     for override in overrides:
         root = _override(root, override)
     folder = path.absolute().parent
-    return LoadedRecipe(_validated(root, folder), path.absolute(), text, folder)
+    return LoadedRecipe(_validated(root, folder), path.absolute(), text, folder, root, tuple(overrides))
 
 
 def resolved_yaml(recipe: Recipe) -> str:

@@ -1,152 +1,142 @@
-"""Memory of a role, estimated from the model's config alone: no weight is ever loaded."""
+"""Memory of a process of a role in each phase, in bytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, fields, replace
 
-from rlhf.recipe.base import Lora
-from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.activations import FLOAT, Pass, backward, forward, kept, logits
+from rlhf.recipe.heap import learning_slack, scoring_slack
+from rlhf.recipe.model_shape import Model
+from rlhf.recipe.role_schema import Offload, ZeroStage
 
-BYTES = {"bfloat16": 2, "float32": 4}
+CONTEXT = 600 << 20
+"""What CUDA's context and loaded kernels take of a GPU, for each process on it, roughly."""
+
+LARGEST_BUCKET = 500_000_000
+"""Gradient elements that DeepSpeed reduces at once."""
+
+GATHERED = 1_000_000_000
+"""Parameters at most that ZeRO-3 keeps whole for the layers at work."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that memory depends on.
-
-    `lm_head` counts parameters of an output layer that is not tied to the embeddings; `linears` maps the name
-    of each linear layer to (inputs + outputs), what one rank of LoRA costs there; `kv_width` is the width of
-    the keys of one token in one layer.
-    """
-
-    parameters: int
-    lm_head: int
-    hidden: int
-    intermediate: int
-    layers: int
-    kv_width: int
-    vocabulary: int
-    linears: dict[str, int]
-
-    def lora_parameters(self, lora: Lora) -> int:
-        """Return the parameters that adapters add: r * (inputs + outputs) for each target layer (Hu et al. 2021)."""
-        return lora.r * sum(width for name, width in self.linears.items() if _is_target(name, lora))
+SLACK = 0.08
+"""What PyTorch's allocator loses of a GPU between activations, logits and gradients, as a share of them: a guess."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process of a role."""
+    """Bytes by what they hold.
 
-    weights: int
-    optimizer: int
-    activations: int
-    kv_cache: int
+    `optimizer` is the float32 masters and Adam's moments; `buffers` are those of communication, the parameters that
+    ZeRO-3 gathers and CUDA's context; `slack` is what the allocator loses between blocks.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    kv_cache: int = 0
+    buffers: int = 0
+    slack: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.optimizer + self.activations + self.kv_cache
+        return sum(getattr(self, field.name) for field in fields(self))
 
-
-def read_shape(folder: Path) -> ModelShape:
-    """Build the model of a Hugging Face folder on the meta device (no memory) and measure it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    text = config.get_text_config()
-    head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        lm_head=0 if head is None or tied else head.weight.numel(),
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        layers=text.num_hidden_layers,
-        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-        vocabulary=text.vocab_size,
-        linears={
-            name: sum(module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-        },
-    )
+    def plus(self, other: Memory) -> Memory:
+        """Return the parts of both together."""
+        return Memory(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)
-class Model:
-    """A copy of the model in some role: `scalar` puts a score head in place of the language-model head.
+class LearnerMemory:
+    """One rank's memory between calls, while it scores and while it learns; `host` is what it keeps in main memory."""
 
-    `trained` False freezes it; otherwise `lora` None trains every weight, and adapters train with the score head.
+    resident: Memory
+    score: Memory
+    learn: Memory
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a model's state lies over `ranks`: what DeepSpeed's `zero_stage` divides and what leaves the device."""
+
+    ranks: int = 1
+    zero_stage: ZeroStage = 2
+    offload: Offload = "none"
+    checkpointing: bool = False
+
+    def share(self, stage: ZeroStage) -> int:
+        """Return by how much a rank's part is smaller that is divided from `stage` on."""
+        return self.ranks if self.zero_stage >= stage else 1
+
+
+def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerMemory:
+    """Estimate one rank of a model that scores, and learns where it is trained, micro-batches like `work`.
+
+    Learning is at its peak at one of three moments: at the loss, when the activations of all layers are there; at the
+    end of the backward pass, when all gradients are; or in the optimizer's step. With checkpointing each layer keeps
+    its input alone, and one layer at a time is computed again. Not covered: the libraries and CUDA's context.
     """
-
-    shape: ModelShape
-    dtype: Literal["bfloat16", "float32"]
-    scalar: bool
-    trained: bool
-    lora: Lora | None
-
-    @property
-    def parameters(self) -> int:
-        """All parameters, adapters included."""
-        body = self.shape.parameters - self.shape.lm_head + self.shape.hidden if self.scalar else self.shape.parameters
-        return body + (self.shape.lora_parameters(self.lora) if self.trained and self.lora else 0)
-
-    @property
-    def trainable(self) -> int:
-        """The parameters that the optimizer changes."""
-        if not self.trained:
-            return 0
-        if self.lora is None:
-            return self.parameters
-        return self.shape.lora_parameters(self.lora) + (self.shape.hidden if self.scalar else 0)
-
-    def memory(self, tokens: int) -> Memory:
-        """Estimate one process that passes micro-batches of `tokens` tokens through the model.
-
-        Covered: the weights; for each trainable parameter its gradient, the fp32 master copy and accumulated
-        gradient, and two fp32 Adam moments; the activations of one micro-batch (kept in all layers when training,
-        in one when scoring) with fp32 logits of every token. Not covered: allocator slack, communication
-        buffers, and the libraries themselves (about 1 GB of main memory a process).
-        """
-        size = BYTES[self.dtype]
-        shape = self.shape
-        per_layer = 8 * shape.hidden + 2 * shape.kv_width + 4 * shape.intermediate
-        layers = shape.layers if self.trained else 1
-        logits = 0 if self.scalar else 4 * shape.vocabulary * (2 if self.trained else 1)
-        return Memory(
-            weights=self.parameters * size,
-            optimizer=self.trainable * (size + 16),
-            activations=tokens * (layers * per_layer * size + logits),
-            kv_cache=0,
-        )
+    host, optimizer, gathered = 0, _optimizer(model, cut), _gathered(model, cut)
+    weights = model.parameters * model.size // cut.share(3)
+    if cut.offload != "none":
+        host, optimizer = optimizer, 0
+    if cut.offload == "parameters" and cut.zero_stage == 3:
+        host, weights = host + weights, 0
+    resident = Memory(weights=weights, optimizer=optimizer)
+    widest = forward(model, work, on_gpu)
+    entered = model.size * work.tokens * model.shape.hidden
+    scored = logits(model, work, training=False)
+    score = replace(resident, activations=int(entered + (0 if scored > widest else widest)), buffers=gathered)
+    score = replace(score, logits=scored if scored > widest else 0)
+    score = replace(score, slack=int(SLACK * _moving(score)) if on_gpu else scoring_slack(model, _moving(score)))
+    if not model.trained:
+        return LearnerMemory(resident, score, resident, host)
+    learn = max(_moments(model, work, cut, on_gpu), key=lambda memory: memory.total)
+    learn = replace(learn, weights=weights, optimizer=optimizer, buffers=learn.buffers + gathered)
+    heap = learning_slack(model, work, logits(model, work, training=True), cut.checkpointing)
+    learn = replace(learn, slack=int(SLACK * _moving(learn)) if on_gpu else heap)
+    return LearnerMemory(resident, score, learn, host + (learn.gradients if cut.offload != "none" else 0))
 
 
-def engine_memory(shape: ModelShape, dtype: Literal["bfloat16", "float32"], role: RolloutRole, length: int) -> Memory:
-    """Estimate one rollout replica: weights, fp32 logits of one token per sequence, and the KV cache.
+def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
+    """Return what learning takes beside weights and optimizer: at the loss, after the backward pass, in the step."""
+    layer = kept(model, work, on_gpu)
+    entered = model.size * work.tokens * model.shape.hidden
+    layers = model.shape.layers * (entered if cut.checkpointing else layer)
+    again = layer if cut.checkpointing else 0
+    late = backward(model, work, on_gpu)
+    at_loss = logits(model, work, training=True)
+    summed = FLOAT * model.trainable // cut.share(2)
+    # From stage 2 on a gradient is reduced and let go as soon as a bucket is full.
+    fresh = model.size * (min(model.trainable, LARGEST_BUCKET) if cut.share(2) > 1 else model.trainable)
+    table = 0 if model.lora or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
+    waiting = summed if work.passes > 1 else 0
+    bucket = 0 if cut.ranks == 1 else FLOAT * min(model.trainable, LARGEST_BUCKET)
+    return [
+        Memory(activations=int(layers), logits=at_loss, gradients=waiting),
+        Memory(activations=int(layers + again + late), gradients=waiting + table, buffers=bucket),
+        Memory(activations=int(entered), gradients=waiting + fresh + table, buffers=bucket),
+        Memory(gradients=summed, buffers=bucket),
+    ]
 
-    vLLM on CPU reserves `kv_cache_gib`. Else the figure is what `max_sequences` sequences of `length` tokens
-    need; vLLM on a GPU takes `gpu_memory_utilization` of the device and fills it with as many as fit.
-    """
-    size = BYTES[dtype]
-    fixed = role.engine == "vllm" and not role.gpus
-    needed = role.max_sequences * length * shape.layers * 2 * shape.kv_width * size
-    return Memory(
-        weights=shape.parameters * size,
-        optimizer=0,
-        activations=role.max_sequences * shape.vocabulary * 4,
-        kv_cache=role.kv_cache_gib << 30 if fixed else needed,
-    )
+
+def _moving(memory: Memory) -> int:
+    return memory.activations + memory.logits + memory.gradients
 
 
-def _is_target(name: str, lora: Lora) -> bool:
-    if lora.target_modules == "all-linear":
-        return True
-    return any(name == target or name.endswith(f".{target}") for target in lora.target_modules)
+def _optimizer(model: Model, cut: Cut) -> int:
+    """Return the bytes of float32 masters and two moments; at stage 0 DeepSpeed steps the weights themselves."""
+    masters = 0 if cut.zero_stage == 0 and cut.ranks > 1 else FLOAT
+    return (masters + 2 * FLOAT) * model.trainable // cut.share(1)
+
+
+def _gathered(model: Model, cut: Cut) -> int:
+    """Return the bytes of the whole parameters that a rank of ZeRO-3 holds while it works."""
+    if cut.zero_stage < 3 or (cut.ranks == 1 and cut.offload != "parameters"):
+        return 0
+    return model.size * min(model.parameters, GATHERED)

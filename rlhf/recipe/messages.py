@@ -19,6 +19,7 @@ from rlhf.recipe.source import Node
 from rlhf.recipe.stage_base import NAME
 
 Loc = tuple[str | int, ...]
+Finding = tuple[Loc, str]
 MAX_LINES = 6
 
 EXPECTED = {

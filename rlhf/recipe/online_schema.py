@@ -71,7 +71,16 @@ class PolicyGradientStage(OnlineStage):
     clip_range: Positive = 0.2
     clip_range_high: Positive | None = Field(None, description="upper clip, if wider (clip-higher, Yu et al. 2025)")
     aggregation: Aggregation = "token"
-    importance_cap: Positive = Field(2.0, description="cap of the engine/trainer importance ratio (TIS)")
+    importance_cap: Positive = Field(
+        2.0, description="cap of the importance ratio of the policy, before the step, to what sampled (TIS)"
+    )
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="steps by which rollouts may lag behind the policy; 1 generates the next step's rollouts while "
+        "this step is learnt",
+    )
     kl_coef: KlCoef = 0.02
     kl_in: KlIn = "reward"
     kl_estimator: KlEstimator = "k1"

@@ -65,8 +65,26 @@ def sequence_tokens(stage: StageBase) -> int:
     return 0
 
 
-def microbatch_tokens(stage: Stage) -> int:
-    """Return the most tokens of one forward or backward pass; a row over the budget passes alone."""
+def row_tokens(stage: Stage) -> int:
+    """Return the most tokens of one row that a model of the stage trains on or scores."""
+    return stage.max_length if isinstance(stage, Training) else sequence_tokens(stage)
+
+
+def step_rows(stage: Stage) -> int:
+    """Return the rows, both sides of each pair, of one optimizer step over all ranks; of a stage without, of a pass."""
+    match stage:
+        case SftStage() | KtoStage():
+            return stage.batch_size
+        case RewardStage() | PreferenceStage():
+            return 2 * stage.batch_size
+        case OnlineStage():
+            return stage.minibatch_size * (2 if isinstance(stage, OnlineDpoStage) else 1)
+        case _:
+            return max(1, stage.max_tokens_per_microbatch // sequence_tokens(stage))
+
+
+def microbatch_tokens(stage: Stage, ranks: int = 1) -> int:
+    """Return the most tokens of one forward or backward pass of a rank; a row over the budget passes alone."""
     match stage:
         case SftStage() | KtoStage():
             row, rows = stage.max_length, stage.batch_size
@@ -76,7 +94,7 @@ def microbatch_tokens(stage: Stage) -> int:
             row, rows = sequence_tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
         case _:
             return max(sequence_tokens(stage), stage.max_tokens_per_microbatch)
-    return max(row, min(row * rows, stage.max_tokens_per_microbatch))
+    return max(row, min(row * math.ceil(rows / ranks), stage.max_tokens_per_microbatch))
 
 
 def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:

@@ -142,6 +142,7 @@ class StageContext:
             max_length=self.max_length,
             threads=self.threads["rollout"],
             seed=self.recipe.seed,
+            lora=largest_adapter(self.recipe) if self.recipe.roles.rollout.weights == "adapter" else None,
         )
 
     def judge(self, judge: Judge, pad_id: int) -> RewardSource:
@@ -173,3 +174,10 @@ class StageContext:
         engine = self.launcher.judge(spec)
         source = EngineJudge(engine, load_tokenizer(folder), judge.criteria, judge.max_prompt_tokens)
         return LlmReward(source, f"{folder_digest(folder)} {spec.dtype}", cache)
+
+
+def largest_adapter(recipe: Recipe) -> Lora | None:
+    """Return the adapter of the highest rank that a stage of the recipe trains; None where all train every weight."""
+    own = [getattr(stage, "lora", None) for stage in recipe.stages]
+    adapters = [adapter for adapter in (recipe.lora, *own) if isinstance(adapter, Lora)]
+    return max(adapters, key=lambda adapter: adapter.r, default=None)

@@ -27,6 +27,7 @@ class Scored:
 
     groups `[B]` numbers each rollout's prompt from 0. raw_scores `[B]` are the judge's, scores `[B]` those that are
     learnt from. values are the critic's, 0 without one. unfinished `[B]` says which responses met the length limit.
+    `stale` says that the policy has moved on since it sampled them.
     """
 
     batch: TokenBatch
@@ -37,10 +38,15 @@ class Scored:
     ref_logprobs: Tensor
     values: Tensor
     unfinished: Tensor
+    stale: bool = False
 
     def kl(self) -> Tensor:
-        """Return the sum over all rollouts of the sequence KL to the reference (k1), in nats, a scalar."""
-        return masked_sum(self.old.logprobs - self.ref_logprobs, self.batch.response_mask)
+        """Return the sum over all rollouts of the sequence KL to the reference (k1), in nats, a scalar.
+
+        It is the KL of the policy that sampled them; by the trainer's numbers where that is the present one.
+        """
+        sampled = self.batch.rollout_logprobs if self.stale else self.old.logprobs
+        return masked_sum(sampled - self.ref_logprobs, self.batch.response_mask)
 
 
 class Valued(Protocol):
@@ -93,7 +99,13 @@ def collect(
         ref_logprobs=ref.logprobs,
         values=values,
         unfinished=unfinished,
+        stale=staleness(stage) > 0,
     )
+
+
+def staleness(stage: OnlineStage) -> int:
+    """Return by how many steps the stage's rollouts may lag behind the policy."""
+    return stage.staleness if isinstance(stage, PolicyGradientStage) else 0
 
 
 def group_numbers(rows: int, stage: OnlineStage) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from rlhf.errors import GuardError
 from rlhf.recipe.online_schema import OnlineStage, PolicyGradientStage
 from rlhf.roles import Pending, Ready, Roles
 from rlhf.stages.context import StageContext
-from rlhf.stages.experience import check_rollouts, group_numbers
+from rlhf.stages.experience import check_rollouts, group_numbers, staleness
 from rlhf.types import Metrics, Prompt, Rollout, Sampling
 
 
@@ -33,17 +33,60 @@ class Draw:
     metrics: Metrics
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Rollouts on their way, for step `step` (from 0), whose policy has that version too."""
+
+    step: int
+    pending: Pending[list[Rollout]]
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """The rollouts; waits for them the first time."""
+        return self.pending.result()
+
+    def wait(self) -> None:
+        """Wait until they are there."""
+        _ = self.rollouts
+
+    def tokens(self) -> int:
+        """Return how many tokens were sampled; waits for the rollouts."""
+        return _tokens(self.rollouts)
+
+    def take(self, context: StageContext, staleness: int) -> list[Rollout]:
+        """Wait, refuse weights other than the step's or up to `staleness` steps older, and count the tokens."""
+        versions = {rollout.policy_version for rollout in self.rollouts}
+        wrong = sorted(version for version in versions if not 0 <= self.step - version <= staleness)
+        if wrong:
+            lag = f" (staleness {staleness})" if staleness else ""
+            raise GuardError(f"the rollout engine served weight versions {wrong}, the policy is at {self.step}{lag}")
+        context.tracker.spend(generated_tokens=self.tokens())
+        return self.rollouts
+
+
 def draw(roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> Draw:
     """Return the rollouts of step `step` (from 0): `samples_per_prompt` of each of `prompts_per_step` prompts."""
-    rows = prompt_batch(len(prompts), stage.prompts_per_step, step, context.seed("prompts"))
-    rollouts = _generate(roles, [prompts[row] for row in rows], step, stage, context)
+    return take(begin(roles, prompts, step, stage, context), roles, prompts, stage, context)
+
+
+def begin(roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> Drawing:
+    """Begin to draw the rollouts of a step; prompts and seeds depend on the step alone, not on when it is drawn."""
+    return _ask(roles, [prompts[row] for row in _rows(prompts, step, stage, context)], step, stage, context)
+
+
+def take(drawing: Drawing, roles: Roles, prompts: Sequence[Prompt], stage: OnlineStage, context: StageContext) -> Draw:
+    """Wait for a step's rollouts, check them, and draw further ones where dynamic sampling wants them."""
+    step, lag = drawing.step, staleness(stage)
+    rollouts = drawing.take(context, lag)
     check_rollouts(rollouts)
     if isinstance(stage, PolicyGradientStage) and stage.redraws:
-        taken = set(rows)
+        taken = set(_rows(prompts, step, stage, context))
         order = permutation(len(prompts), context.seed("redraws"), step)
         spare = [prompts[row] for row in order if row not in taken]
         return _with_spread(roles, rollouts, spare, step, stage, context)
-    return Draw(rollouts, partial(roles.reward.score, rollouts), _tokens(rollouts), Metrics())
+    behind = sum(step - rollout.policy_version for rollout in rollouts)
+    metrics = Metrics.of(len(rollouts), staleness=behind) if lag else Metrics()
+    return Draw(rollouts, partial(roles.reward.score, rollouts), _tokens(rollouts), metrics)
 
 
 def _with_spread(
@@ -64,7 +107,7 @@ def _with_spread(
         more, spare = spare[:missing], spare[missing:]
         if not more:
             break
-        rollouts = _generate(roles, more, step, stage, context)
+        rollouts = _ask(roles, more, step, stage, context).take(context, staleness(stage))
         drawn = drawn + rollouts
         check_rollouts(drawn)
         scores = torch.cat([scores, roles.reward.score(rollouts).result()])
@@ -82,18 +125,15 @@ def _flat(scores: Tensor, stage: OnlineStage) -> Tensor:
     return flat_groups(clipped, group_numbers(len(scores), stage))
 
 
-def _generate(
-    roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext
-) -> list[Rollout]:
-    """Sample each prompt, refuse rollouts of other weights than the step's, and count the tokens."""
+def _rows(prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> list[int]:
+    return prompt_batch(len(prompts), stage.prompts_per_step, step, context.seed("prompts"))
+
+
+def _ask(roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> Drawing:
+    """Begin to sample each prompt."""
     seeds = [[context.seed(step, prompt.id, k) for k in range(stage.samples_per_prompt)] for prompt in prompts]
     sampling = Sampling(stage.max_response_tokens, stage.temperature)
-    rollouts = roles.rollout.generate(prompts, sampling, seeds).result()
-    stale = {rollout.policy_version for rollout in rollouts} - {step}
-    if stale:
-        raise GuardError(f"the rollout engine served weight versions {sorted(stale)}, the policy is at {step}")
-    context.tracker.spend(generated_tokens=_tokens(rollouts))
-    return rollouts
+    return Drawing(step, roles.rollout.generate(prompts, sampling, seeds))
 
 
 def _tokens(rollouts: Sequence[Rollout]) -> int:

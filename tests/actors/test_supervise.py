@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import ray
 
-from actors.supervise import RayPending, wait_for
+from actors import supervise
+from actors.supervise import RayPending, wait_for, wait_for_all
 from rlhf.errors import DataError, GuardError, RecipeError, ResourceError, RlhfError, TrainingError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 DEADLINE_S = 60.0
+NAMES = ["policy-0.train", "policy-1.train"]
 
 
 class TwoParts(Exception):
@@ -88,13 +90,15 @@ def failure(reference: Any, deadline_s: float = DEADLINE_S) -> RlhfError:
 
 def test_values_arrive_and_the_last_reference_is_the_pending_value(role):
     assert wait_for(role.answer.remote(3), "policy.answer", DEADLINE_S) == 3
-    assert wait_for([role.answer.remote(1), role.answer.remote(2)], "policy.answer", DEADLINE_S) == [1, 2]
-    assert RayPending([role.answer.remote(1), role.answer.remote(2)], "policy.answer", DEADLINE_S).result() == 2
+    calls, names = [role.answer.remote(1), role.answer.remote(2)], ["policy-0.answer", "policy-1.answer"]
+    assert wait_for_all(calls, names, DEADLINE_S) == [1, 2]
+    assert RayPending(calls, names, DEADLINE_S).result() == 2
+    assert RayPending(calls, names, DEADLINE_S, sum).result() == 3
 
 
 def test_a_failed_build_is_told_instead_of_the_call_that_rests_on_it(role):
     building = role.fail.remote(DataError("no such folder"))
-    pending: RayPending[int] = RayPending([building, role.answer.remote(2)], "policy.train", DEADLINE_S)
+    pending: RayPending[int] = RayPending([building, role.answer.remote(2)], ["policy.train"] * 2, DEADLINE_S)
     with pytest.raises(DataError, match=r"^policy\.train: no such folder$"):
         pending.result()
 
@@ -144,6 +148,34 @@ def test_a_late_answer_is_an_error_at_the_deadline():
         "policy.train gave no answer within 1 s (ray.call_timeout_s)",
     )
     ray.kill(actor)
+
+
+def test_the_rank_at_fault_is_named_and_not_the_one_that_lost_its_peer(local_ray):
+    ranks = [start(), start()]
+    ray.get([rank.answer.remote(0) for rank in ranks], timeout=DEADLINE_S)
+    started = time.monotonic()
+    lost = ranks[0].fail.remote(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    with pytest.raises(TrainingError, match=r"^policy-1\.train: ValueError: shapes differ$"):
+        wait_for_all([lost, ranks[1].fail.remote(ValueError("shapes differ"))], NAMES, DEADLINE_S)
+    lost = ranks[0].fail.remote(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    with pytest.raises(TrainingError, match=r"^policy-1\.train: the process died"):
+        wait_for_all([lost, ranks[1].die.remote()], NAMES, DEADLINE_S)
+    assert time.monotonic() - started < 20
+    ray.kill(ranks[0])
+
+
+def test_a_failed_rank_is_told_while_the_others_still_wait_for_it(local_ray, monkeypatch):
+    monkeypatch.setattr(supervise, "GRACE_S", 0.5)
+    ranks = [start(), start()]
+    ray.get([rank.answer.remote(0) for rank in ranks], timeout=DEADLINE_S)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"^policy-1\.train: row 3$"):
+        wait_for_all([ranks[0].sleep.remote(60), ranks[1].fail.remote(DataError("row 3"))], NAMES, DEADLINE_S)
+    assert time.monotonic() - started < 10
+    with pytest.raises(TrainingError, match=r"^policy-0\.train gave no answer within 1 s"):
+        wait_for_all([ranks[0].sleep.remote(60), ranks[1].answer.remote(1)], NAMES, 1)
+    for rank in ranks:
+        ray.kill(rank)
 
 
 def test_a_process_that_dies_is_told_at_once_and_ever_after(local_ray):

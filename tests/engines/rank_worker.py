@@ -1,37 +1,46 @@
-"""One rank of two: `rank_worker.py MODEL_FOLDER JOB_FOLDER RANK` runs every case of `rank_cases` with DeepSpeed.
+"""One rank of two: `rank_worker.py MODEL_FOLDER JOB_FOLDER RANK PORT` runs every case of two ranks.
 
-Writes to `JOB_FOLDER/<case>-<rank>.pt`. The engine joins the ranks that the environment names.
+Writes to `JOB_FOLDER/<case>-<rank>.pt`.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from engine_cases import HEAD_RATE, OPTIMIZER, build_model
+from learner_cases import BUCKET, LEARNER_CASES, go_round
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 
-from rlhf.engines import deepspeed_engine
+from rlhf.engines import ranks, zero_config
 from rlhf.engines.deepspeed_engine import DeepSpeedEngine
+from rlhf.models import lora
+from rlhf.models.recompute import recompute_activations
 
 MAX_TOKENS = 24
+DEADLINE_S = 100.0
 
 
 def run(case: RankCase, folder: Path) -> Outcome:
     module = build_model(folder, case.kind, case.lora, case.dtype)
-    engine = DeepSpeedEngine(module, OPTIMIZER, HEAD_RATE, MAX_TOKENS, case.stage, case.dtype)
-    outcome = drive(engine, module, case, MAX_TOKENS, engine.gathered)
+    if case.recompute:
+        recompute_activations(module)
+    engine = DeepSpeedEngine(module, OPTIMIZER, HEAD_RATE, MAX_TOKENS, case.stage, case.dtype, case.offload)
+    outcome = drive(engine, module, case, MAX_TOKENS)
     engine.close()
     return outcome
 
 
 def main() -> None:
-    folder, job, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    folder, job, rank, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    deepspeed_engine.WHOLE_BELOW = 0  # Or ZeRO-3 would leave every parameter of so small a model whole.
+    ranks.join(rank, 2, "127.0.0.1", port, DEADLINE_S)
+    lora.BUCKET = BUCKET
+    for case in LEARNER_CASES:
+        zero_config.WHOLE_BELOW = 100_000 if case.whole else 0
+        torch.save(go_round(case, folder, 2, job / f"saved-{case}"), job / f"{case}-{rank}.pt")
+    zero_config.WHOLE_BELOW = 0  # Or ZeRO-3 would leave every parameter of so small a model whole.
     for case in RANK_CASES:
         torch.save(run(case, folder), job / f"{case}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,7 @@
 """DeepSpeed on two ranks makes the same steps as plain torch on one: every objective, every ZeRO stage."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -23,29 +18,6 @@ from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
 
 Sums = dict[str, tuple[float, float]]
-WORKER = Path(__file__).with_name("rank_worker.py")
-TIMEOUT_S = 400
-
-
-@pytest.fixture(scope="module")
-def job(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the outcomes of both ranks: one pair of processes runs all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    workers, logs = [], [folder / f"log-{rank}.txt" for rank in (0, 1)]
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(WORKER), str(tiny_folder), str(folder), str(rank)]
-            environment = os.environ | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONWARNINGS": "ignore"}
-            workers.append(subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT))
-        codes = [worker.wait(TIMEOUT_S) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +29,7 @@ def one_rank(tiny_folder: Path) -> Callable[..., Outcome]:
         case = RankCase(objective, 0, lora, dtype)
         module = build_model(tiny_folder, case.kind, lora, dtype)
         engine = TorchEngine(module, OPTIMIZER, HEAD_RATE, max_tokens=10**6)
-        return drive(engine, module, case, 10**6, lambda writable=False: nullcontext())
+        return drive(engine, module, case, 10**6)
 
     return run
 

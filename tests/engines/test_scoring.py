@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from engine_cases import build_model, random_tokens, token_batch
 from torch import Tensor, nn
 
-from rlhf.engines.scoring import response_logprobs, response_values, score_rows, score_tokens, sequence_scores
+from rlhf.engines.scoring import response_logprobs, response_values, score_share, sequence_scores, token_scores
+from rlhf.engines.shares import assemble, rank_shares
 from rlhf.types import TokenBatch
 
 
@@ -62,8 +64,8 @@ def test_mask_with_gaps_scores_only_what_it_marks(causal: nn.Module) -> None:
 
 def test_entropy_is_that_of_the_softmax(causal: nn.Module) -> None:
     batch = token_batch()
-    found = score_tokens(causal, batch, 0.8, 10**6).entropy
     with torch.no_grad():
+        found = token_scores(causal, batch, 0.8)[:, 1]
         distribution = torch.distributions.Categorical(logits=plain_logits(causal, batch, 1) / 0.8)
     expected = torch.zeros(batch.width, dtype=torch.double)
     expected[6:14] = distribution.entropy()[5:13]
@@ -121,17 +123,19 @@ def test_score_has_read_the_whole_sequence_and_no_padding() -> None:
     assert sequence_scores(RunningSum(), by_hand()).tolist() == [2 * 10 - 1, 2 * 18 - 1]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 7])
 @pytest.mark.parametrize("max_tokens", [1, 24, 30])
-def test_cutting_keeps_rows_in_their_order(causal: nn.Module, scalar: nn.Module, max_tokens: int) -> None:
+def test_cutting_keeps_rows_in_their_order(causal: nn.Module, scalar: nn.Module, max_tokens: int, ranks: int) -> None:
     batch = widened(token_batch(), 3)
-    whole, cut = (score_tokens(causal, batch, 1.0, size) for size in (10**6, max_tokens))
-    torch.testing.assert_close(cut.logprobs, whole.logprobs, rtol=0, atol=2e-6)
-    torch.testing.assert_close(cut.entropy, whole.entropy, rtol=0, atol=1e-5)
-    assert whole.logprobs.shape == batch.tokens.shape
-    for score in (sequence_scores, response_values):
-        rows = score_rows(score, scalar, batch, max_tokens)
+    for score, model in (
+        (partial(token_scores, temperature=1.0), causal),
+        (sequence_scores, scalar),
+        (response_values, scalar),
+    ):
+        shares = rank_shares(batch.lengths(), ranks, max_tokens)
+        parts = [score_share(partial(score, model), batch, passes) for passes in shares]
         with torch.no_grad():
-            torch.testing.assert_close(rows, score(scalar, batch), rtol=0, atol=2e-6)
+            torch.testing.assert_close(assemble(parts), score(model, batch), rtol=0, atol=1e-5)
 
 
 def test_values_of_a_real_model_follow_its_own_head(scalar: Any) -> None:

@@ -57,3 +57,92 @@ def test_ledger_of_descriptions_tells_apart(other):
     same.add(ANNOUNCEMENT | {"shapes": [(2, 3), (4,)]})
     different.add(ANNOUNCEMENT | other)
     assert one.checksum == same.checksum != different.checksum
+
+
+def slept() -> ServedWeights:
+    weights = ServedWeights()
+    weights.sleep()
+    return weights
+
+
+def publish(weights: ServedWeights) -> None:
+    weights.begin()
+    with weights.receiving(ANNOUNCEMENT):
+        pass
+    weights.finish()
+    weights.declare(1)
+
+
+def test_what_arrived_must_be_what_was_sent():
+    weights = ServedWeights()
+    weights.begin()
+    weights.ledger.add(ANNOUNCEMENT | {"checksum": "abc"})
+    weights.finish()
+    with pytest.raises(TrainingError, match="arrived with checksum abc, but def was sent"):
+        weights.declare(7, "def")
+    with pytest.raises(TrainingError, match="unfinished"):
+        weights.check_serving()
+
+
+def test_an_engine_that_slept_serves_after_weights_and_cache_are_back():
+    weights = slept()
+    assert weights.wake("weights")
+    with pytest.raises(TrainingError, match="slept, and no weights were published"):
+        weights.check_serving()
+    publish(weights)
+    with pytest.raises(TrainingError, match="KV cache is asleep"):
+        weights.check_serving()
+    assert weights.wake("kv_cache")
+    weights.check_serving()
+
+
+def test_a_sleeping_engine_has_no_room_for_weights():
+    weights = slept()
+    for attempt in (weights.check_serving, weights.begin):
+        with pytest.raises(TrainingError, match=r"asleep|slept"):
+            attempt()
+
+
+def test_what_is_late_for_an_update_that_was_refused_does_not_end_the_sleep():
+    weights = slept()
+    with pytest.raises(TrainingError, match="asleep"):
+        weights.begin()
+    with pytest.raises(TrainingError, match=r"no update .* under way \(asleep\)"), weights.receiving(ANNOUNCEMENT):
+        pytest.fail("not taken in")
+    with pytest.raises(TrainingError, match="finished"):
+        weights.finish()
+    with pytest.raises(TrainingError, match="asleep"):
+        weights.begin()
+
+
+def test_a_failure_on_arrival_voids_the_update():
+    weights = ServedWeights()
+    weights.begin()
+    with pytest.raises(MemoryError), weights.receiving(ANNOUNCEMENT):
+        raise MemoryError
+    with pytest.raises(TrainingError, match="no weights have arrived"):
+        weights.finish()
+    publish(weights)
+    weights.check_serving()
+
+
+@pytest.mark.parametrize("woken", [False, True])
+def test_the_cache_comes_after_the_weights(woken):
+    weights = slept()
+    if woken:
+        weights.wake("weights")
+    with pytest.raises(TrainingError, match="before weights were published"):
+        weights.wake("kv_cache")
+
+
+def test_waking_what_is_awake_changes_nothing():
+    weights = ServedWeights()
+    assert not weights.wake("weights")
+    assert not weights.wake("kv_cache")
+    weights.check_serving()
+    weights = slept()
+    weights.wake("weights")
+    publish(weights)
+    assert not weights.wake("weights")
+    weights.wake("kv_cache")
+    weights.check_serving()

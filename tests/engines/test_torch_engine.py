@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.engines.microbatch import token_budget
 from rlhf.engines.objectives import Sft
-from rlhf.engines.scoring import score_tokens
+from rlhf.engines.scoring import token_scores
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.recipe.base import Optimizer
 from rlhf.types import Experience, Metrics, Rows, TokenBatch
@@ -86,7 +86,8 @@ def test_sft_loss_is_that_of_transformers(tiny_folder: Path) -> None:
 def at_ratio_one(model: nn.Module, temperature: float) -> Experience:
     """Experience whose old log-probabilities are the model's own."""
     batch = experience()
-    old = score_tokens(model.eval(), batch.batch, temperature, WHOLE).logprobs
+    with torch.no_grad():
+        old = token_scores(model.eval(), batch.batch, temperature)[:, 0]
     return replace(batch, old_logprobs=old, batch=replace(batch.batch, rollout_logprobs=old))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +94,41 @@ def test_a_seed_gives_the_same_response_in_any_company(engine):
     alone = samples(engine.generate(PROMPTS[:1], Sampling(16), [[2]]))
     assert alone == {("5", 2): batch["5", 2]}
     assert len(set(batch.values())) == len(batch)
+
+
+def test_calls_at_the_same_time_draw_what_one_call_would(engine):
+    alone = draw(engine, seeds=(1, 2, 3))
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(draw, engine, seeds=(seed,)) for seed in (1, 2, 3)]
+        apart = [call.result(timeout=60) for call in calls]
+    together = [apart[seed][row] for row in range(len(PROMPTS)) for seed in range(3)]
+    assert [replace(rollout, logprobs=()) for rollout in together] == [replace(r, logprobs=()) for r in alone]
+    for mine, theirs in zip(together, alone, strict=True):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=TOLERANCE)
+
+
+def test_an_update_waits_for_running_responses_and_lets_no_new_one_begin(engine, folders):
+    steps, began = engine.llm.llm_engine.step, threading.Event()
+
+    def step() -> object:
+        began.set()
+        time.sleep(0.02)
+        return steps()
+
+    engine.llm.llm_engine.step = step
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(draw, engine)
+            assert began.wait(20)
+            engine.start_weight_update()
+            assert running.done() or not engine.gate.inside
+            with pytest.raises(TrainingError, match="weight update is unfinished"):
+                draw(engine)
+            rollouts = running.result(timeout=60)
+    finally:
+        del engine.llm.llm_engine.step
+    assert {rollout.policy_version for rollout in rollouts} == {0}
+    assert differences(open_model(folders[0]), rollouts).max() < TOLERANCE
 
 
 def test_end_of_sequence_stays_in_the_tokens_and_out_of_the_text(started, tiny_folder):
@@ -207,6 +245,9 @@ def test_tensor_parallel_needs_gpus(tiny_folder):
         VllmEngine(spec(tiny_folder, role=RolloutRole(tensor_parallel=2)))
 
 
-@pytest.mark.parametrize(("gpus", "backend"), [(0, "shared_memory"), (0.5, "ipc"), (1, "nccl"), (2, "nccl")])
-def test_backend_follows_the_place_of_the_engine(gpus, backend):
-    assert backend_for(gpus) == backend
+@pytest.mark.parametrize(
+    ("share", "on_cpu", "backend"),
+    [(None, True, "shared_memory"), ("policy", True, "shared_memory"), ("policy", False, "ipc"), (None, False, "nccl")],
+)
+def test_backend_follows_the_place_of_the_engine(share, on_cpu, backend):
+    assert backend_for(RolloutRole(share=share, gpus=0.5), on_cpu) == backend

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rlhf.models import saving
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import add_lora, trainable_parameters
 from rlhf.models.saving import DType, save_merged
@@ -80,3 +84,45 @@ def test_saving_twice_leaves_one_model(tiny_folder: Path, tiny_tokenizer: ChatTo
         model.model.norm.weight.mul_(2)
     save_merged(model, tiny_tokenizer, tmp_path, "float32")
     assert torch.equal(logits(load_causal(tmp_path, "float32")), logits(model))
+
+
+@pytest.mark.parametrize("limit", [10**9, 100_000, 1])
+def test_files_are_those_of_the_hub_library(tiny_folder: Path, tmp_path: Path, limit: int) -> None:
+    weights = load_file(tiny_folder / "model.safetensors")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    (ours / "model-00001-of-00077.safetensors").write_text("an older model")
+    (ours / "model.safetensors.index.json").write_text("an older index")
+    (ours / "notes.txt").write_text("stays")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "SHARD", limit)
+        saving.write_weights(iter(weights.items()), ours)
+    save_torch_state_dict(weights, theirs, metadata={"format": "pt"}, max_shard_size=limit)
+    names = {file.name for file in theirs.iterdir()}
+    assert {file.name for file in ours.iterdir()} == names | {"notes.txt"}
+    for name in names:
+        if name.endswith(".json"):
+            found, wanted = (json.loads((folder / name).read_text()) for folder in (ours, theirs))
+            assert found["weight_map"] == wanted["weight_map"]
+            assert found["metadata"]["total_size"] == wanted["metadata"]["total_size"]
+        else:
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_saving_holds_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "SHARD", 3000)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for index in range(12):
+            tensor = torch.full((250,), float(index))
+            alive.add(tensor)
+            most = max(most, sum(item.nbytes for item in alive))
+            yield f"w{index:02}", tensor
+
+    saving.write_weights(weights(), tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert most <= 3000 + 1000

@@ -77,9 +77,46 @@ NEEDS = "but a language model is needed here (there are base, sft"
         ),
         (
             "stages:\n",
-            "lora: full\nroles: {reference: {share: policy}}\nstages:\n",
-            "4:28: roles.reference.share: stage 'ppo' trains all weights, so the policy cannot also be "
-            "its own reference; leave `share` out or train with LoRA",
+            "roles: {policy: {gpus: 2}}\nstages:\n",
+            "3:24: roles.policy.gpus: a rank computes on one GPU, got 2; use ranks: 2 with gpus: 1",
+        ),
+        (
+            "stages:\n",
+            "roles: {policy: {offload: parameters}}\nstages:\n",
+            "3:27: roles.policy.offload: parameters leave the device with zero_stage: 3 only",
+        ),
+        (
+            "dtype: float32}\n",
+            "dtype: bfloat16}\nroles: {critic: {ranks: 2, zero_stage: 0}}\n",
+            "3:40: roles.critic.zero_stage: ZeRO stage 0 cannot train bfloat16 weights: "
+            "use 1, 2 or 3, or model.dtype: float32",
+        ),
+        (
+            "stages:\n",
+            "roles: {critic: {share: policy, gpus: 1}}\nstages:\n",
+            "3:39: roles.critic.gpus: the role shares the devices of policy, so it has none of its own; leave gpus out",
+        ),
+        (
+            "stages:\n",
+            "roles: {critic: {share: reward}, reward: {share: policy}}\nstages:\n",
+            "3:25: roles.critic.share: reward shares the devices of policy itself; name that one",
+        ),
+        (
+            "stages:\n",
+            "roles: {critic: {share: policy, ranks: 2}}\nstages:\n",
+            "3:40: roles.critic.ranks: must be at most the 1 of policy, whose devices it shares, got 2",
+        ),
+        (
+            "stages:\n",
+            "roles: {policy: {ranks: 4}, rollout: {share: policy, replicas: 3, tensor_parallel: 2}}\nstages:\n",
+            "3:46: roles.rollout.share: 3 replicas of tensor_parallel 2 do not fit the 4 ranks of policy; "
+            "there is room for replicas: 2 with tensor_parallel: 2",
+        ),
+        (
+            "stages:\n",
+            "lora: full\nroles: {rollout: {weights: adapter}}\nstages:\n",
+            "4:28: roles.rollout.weights: stage 'ppo' trains all weights, "
+            "so there is no adapter to send; use weights: merged",
         ),
     ],
 )

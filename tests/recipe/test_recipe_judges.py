@@ -30,7 +30,7 @@ def test_a_judge_that_runs_here_is_a_role_of_its_stages():
         ("policy", "judge", "rollout"),
     ]
     assert processes(recipe)["judge"] == Wanted(1, 1, 2)
-    assert threads(recipe, recipe.stages[0], 8)["judge"] == 8
+    assert threads(recipe, recipe.stages[0], 8)["judge"] == 4
 
 
 def test_a_judge_behind_a_url_is_no_role():

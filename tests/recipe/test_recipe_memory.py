@@ -5,8 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from rlhf.recipe.activations import Pass, kept, logits
 from rlhf.recipe.base import Lora
-from rlhf.recipe.memory import Memory, Model, ModelShape, engine_memory, read_shape
+from rlhf.recipe.devices import Device
+from rlhf.recipe.engine_memory import engine_memory
+from rlhf.recipe.memory import CONTEXT, LARGEST_BUCKET, Cut, Memory, learner_memory
+from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.role_schema import RolloutRole
 
 SHAPE = ModelShape(
@@ -14,7 +18,9 @@ SHAPE = ModelShape(
     lm_head=200,
     hidden=10,
     intermediate=20,
-    layers=3,
+    layers=2,
+    heads=2,
+    q_width=10,
     kv_width=5,
     vocabulary=20,
     linears={"layers.0.q_proj": 20, "layers.0.gate_proj": 30},
@@ -64,55 +70,110 @@ def test_shape_of_a_model_with_other_names(tmp_path):
     assert shape.linears["transformer.h.0.attn.c_attn"] == 32 + 96
 
 
-def test_trained_with_adapters_by_hand():
-    model = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=Lora(r=2))
-    assert model.trainable == 2 * (20 + 30)
-    per_token = 3 * (8 * 10 + 2 * 5 + 4 * 20) * 2 + 2 * 4 * 20
-    expected = Memory(weights=1100 * 2, optimizer=100 * 18, activations=7 * per_token, kv_cache=0)
-    assert model.memory(7) == expected
-    assert expected.total == 2200 + 1800 + 7 * 1180
+WORK = Pass(tokens=8, width=4, scored=6, passes=1, masked=False)
 
 
-def test_trained_critic_by_hand():
-    model = Model(SHAPE, "float32", scalar=True, trained=True, lora=None)
-    assert model.parameters == model.trainable == 1000 - 200 + 10
-    assert model.memory(7) == Memory(810 * 4, 810 * 20, 7 * 3 * 170 * 4, 0)
-    adapted = Model(SHAPE, "float32", scalar=True, trained=True, lora=Lora(r=2, target_modules=["q_proj"]))
-    assert (adapted.trainable, adapted.parameters) == (2 * 20 + 10, 810 + 2 * 20)
+def test_what_a_layer_keeps_by_hand():
+    full = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
+    norms, inputs, mlp = 2 * 4 * 11 + 2 * 2 * 10, 2 * (2 * 10 + 10), 4 * 2 * 20
+    plain = 4 * (3 * 10 + 2 * 4)
+    assert kept(full, WORK, on_gpu=False) == 8 * (norms + inputs + plain + mlp)
+    fused = 2 * (10 + 2 * 5) + 4 * 2
+    assert kept(full, WORK, on_gpu=True) == 8 * (norms + inputs + fused + mlp)
+    wide = Pass(tokens=600, width=300, scored=0)
+    masked = 2 * 3 * 10 + 4 * 2 + 2 * 300
+    assert kept(full, wide, on_gpu=False) == 600 * (norms + inputs + masked + mlp)
+    adapted = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=Lora(r=2))
+    assert kept(adapted, WORK, True) == 8 * (2 * 4 * 11 + 2 * 2 * 1 + inputs + fused + mlp)
 
 
-def test_frozen_by_hand():
+def test_copies_of_the_logits():
+    for dtype, scoring in (("bfloat16", 2 + 4 + 4), ("float32", 4 + 4)):
+        model = Model(SHAPE, dtype, scalar=False, trained=True, lora=None)
+        assert logits(model, WORK, training=True) == 6 * 20 * 12
+        assert logits(model, WORK, training=False) == 6 * 20 * scoring
+    assert logits(Model(SHAPE, "float32", scalar=True, trained=True, lora=None), WORK, True) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "optimizer"), [(0, 2000, 8000), (1, 2000, 3000), (2, 2000, 3000), (3, 500, 3000)]
+)
+def test_what_each_stage_divides_over_four_ranks(stage, weights, optimizer):
+    model = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
+    found = learner_memory(model, WORK, Cut(ranks=4, zero_stage=stage), on_gpu=True)
+    assert found.resident == Memory(weights=weights, optimizer=optimizer)
+    assert found.score.buffers == (2000 if stage == 3 else 0)
+    assert found.host == 0
+
+
+def test_gradients_are_divided_from_stage_2_on():
+    model = Model(SHAPE, "float32", scalar=False, trained=True, lora=None)
+    several = Pass(tokens=1, width=1, scored=0, passes=3, masked=False)
+    after = {stage: learner_memory(model, several, Cut(4, stage), True).learn.gradients for stage in (1, 2)}
+    assert after == {1: 4000 + 4000 + 800, 2: 1000 + 4000 + 800}
+    assert LARGEST_BUCKET > 1000
+
+
+def test_offloading_moves_the_optimizer_and_the_parameters_to_the_host():
+    model = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
+    optimizer = learner_memory(model, WORK, Cut(2, 3, "optimizer"), on_gpu=True)
+    assert optimizer.resident == Memory(weights=1000)
+    parameters = learner_memory(model, WORK, Cut(2, 3, "parameters"), on_gpu=True)
+    assert parameters.resident == Memory()
+    assert parameters.host - optimizer.host == 1000
+    assert optimizer.host == 6000 + optimizer.learn.gradients
+
+
+def test_checkpointing_keeps_the_inputs_of_layers_and_one_layer():
+    model = Model(SHAPE, "bfloat16", scalar=True, trained=True, lora=Lora(r=2))
+    whole = learner_memory(model, WORK, Cut(), on_gpu=True).learn
+    cut = learner_memory(model, WORK, Cut(checkpointing=True), on_gpu=True).learn
+    layer = int(kept(model, WORK, True))
+    assert whole.activations - cut.activations == 2 * layer - (2 * 8 * 10 * 2 + layer)
+
+
+def test_a_frozen_model_only_scores():
     model = Model(SHAPE, "bfloat16", scalar=False, trained=False, lora=None)
-    assert model.trainable == 0
-    assert model.memory(7) == Memory(2000, 0, 7 * (170 * 2 + 4 * 20), 0)
+    found = learner_memory(model, WORK, Cut(), on_gpu=True)
+    assert (model.trainable, found.learn, found.resident) == (0, Memory(weights=2000), Memory(weights=2000))
+    assert (found.score.activations, found.score.logits) == (8 * 10 * 2 + 8 * 2 * (3 * 10 + 3 * 20), 0)
+    wordy = Pass(tokens=8, width=4, scored=8, masked=False)
+    assert learner_memory(model, wordy, Cut(), on_gpu=True).score.logits == 8 * 20 * 10
 
 
 def test_engine_by_hand():
-    needed = 8 * 100 * 3 * 2 * 5 * 2
-    on_gpu = engine_memory(SHAPE, "bfloat16", RolloutRole(gpus=1, max_sequences=8), 100)
-    assert on_gpu == Memory(2000, 0, 8 * 20 * 4, needed)
-    on_cpu = engine_memory(SHAPE, "bfloat16", RolloutRole(max_sequences=8, kv_cache_gib=2), 100)
-    assert on_cpu.kv_cache == 2 << 30
-    plain = engine_memory(SHAPE, "bfloat16", RolloutRole(engine="transformers", max_sequences=8), 100)
-    assert plain.kv_cache == needed
+    device = Device("made", memory=64 << 30, flops=1, bandwidth=1, link=1)
+    role = RolloutRole(gpus=1, max_sequences=8, gpu_memory_utilization=0.5)
+    found = engine_memory(SHAPE, "bfloat16", role, 100, device)
+    assert found.needed == 8 * 100 * 2 * 2 * 5 * 2
+    assert found.least == 100 * 2 * 2 * 5 * 2
+    assert found.awake.total == 32 << 30
+    assert found.asleep == Memory(buffers=CONTEXT)
+    halves = engine_memory(SHAPE, "bfloat16", role.model_copy(update={"tensor_parallel": 2}), 100, device)
+    assert (halves.awake.weights, found.awake.weights) == (1000, 2000)
+    on_cpu = engine_memory(SHAPE, "bfloat16", RolloutRole(max_sequences=8, kv_cache_gib=2), 100, None)
+    assert on_cpu.awake == Memory(weights=2000, logits=8 * 8 * 20, kv_cache=2 << 30)
+    plain = engine_memory(SHAPE, "bfloat16", RolloutRole(engine="transformers", max_sequences=8), 100, None)
+    assert plain.awake.kv_cache == found.needed
 
 
 def test_activations_are_near_what_autograd_keeps(tmp_path):
     config(True).save_pretrained(tmp_path)
     model = LlamaForCausalLM(config(True))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
+    seen = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     tokens = torch.randint(0, 300, (8, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
     assert loss.requires_grad
-    measured = sum(size for size, _ in kept.values())
-    estimate = Model(read_shape(tmp_path), "float32", scalar=False, trained=True, lora=None).memory(8 * 64).activations
-    assert 0.6 < estimate / measured < 1.6
+    measured = sum(size for size, _ in seen.values())
+    model = Model(read_shape(tmp_path), "float32", scalar=False, trained=True, lora=None)
+    estimate = 3 * kept(model, Pass(512, 64, 512, masked=False), on_gpu=True)
+    assert estimate / (measured - 512 * 300 * 4) == pytest.approx(1, abs=0.12)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rlhf.local import LocalLauncher
 from rlhf.progress import Display
 from rlhf.recipe.base import Budget, FunctionJudge, PathData
 from rlhf.recipe.online_schema import (
@@ -54,8 +55,7 @@ def stage_of(kind: str, **settings: Any) -> Any:
 def context_of(stage: OnlineStage, folder: Path, budget: Budget | None = None) -> StageContext:
     recipe = Recipe(name="made", model=ModelSource(path="tiny://llama"), stages=[stage], budget=budget)
     tracker = Tracker(stage.name, folder, Display(Console(quiet=True)), None)
-    nothing: Any = None
-    return StageContext(recipe, stage, folder, {}, nothing, tracker, {}, 64, 1)
+    return StageContext(recipe, stage, folder, {}, LocalLauncher(recipe), tracker, {}, 64, 1)
 
 
 def scored_of(scores: list[float], per_prompt: int = 3, kl: float = 0.0) -> Scored:

@@ -9,7 +9,7 @@ from online_made import scored_of, stage_of
 
 from rlhf.recipe.online_schema import Overlong
 from rlhf.stages.experience import group_numbers, measure, shaped
-from rlhf.stages.online import check_learned, check_step
+from rlhf.stages.online_step import check_learned, check_step
 from rlhf.types import Metrics
 
 RAW = torch.tensor([9.0, 1.0, -9.0, 2.0])

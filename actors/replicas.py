@@ -1,0 +1,141 @@
+"""The rollout replicas as a policy's process sees them while it sends weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.supervise import wait_for_all
+from rlhf.engines.served import Ledger, Transport
+from rlhf.engines.shared_memory import Answer, content
+from rlhf.errors import TrainingError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+class ReplicaClient:
+    """vLLM's `VLLMWeightSyncClient` for Ray actors, as its `RayVLLMWeightSyncClient`, but no call waits for ever.
+
+    Each of vLLM's methods waits for all replicas. `begin`, `announce` and `complete` do the same work without waiting
+    in between: an actor runs the calls of one caller in their order, and a failure of any is raised at the end.
+    `failure` is the first one, for who waits elsewhere.
+    """
+
+    def __init__(self, replicas: Sequence[ActorHandle], deadline_s: float) -> None:
+        self.replicas = list(replicas)
+        self.transports: list[Transport] = []
+        self.ends = time.monotonic() + deadline_s
+        self.ledger = Ledger()
+        self.under_way: list[tuple[str, list[ray.ObjectRef]]] = []
+        self.failure: BaseException | None = None
+
+    def learn_transports(self) -> list[Transport]:
+        """Return how each replica wants its weights."""
+        answers = self._wait("transport", [replica.transport.remote() for replica in self.replicas])
+        transports = [Transport(*answer) for answer in answers]
+        kinds = {(transport.backend, transport.workers, transport.adapters) for transport in transports}
+        if len(kinds) > 1:
+            raise TrainingError(f"the replicas of the rollout engine want their weights in different ways: {kinds}")
+        return transports
+
+    def begin(self, adapter: dict[str, Any] | None = None) -> None:
+        """Make the replicas stop serving; what comes is a whole checkpoint, or an adapter of this configuration."""
+        arguments = [] if adapter is None else [adapter]
+        self._send("start_weight_update", [replica.start_weight_update.remote(*arguments) for replica in self.replicas])
+
+    def announce(self, announcement: dict[str, Any]) -> Answer:
+        """Announce a bucket in this machine's memory; to replicas on other nodes its bytes go with it, put once.
+
+        Returns:
+            what waits until no replica reads the bucket any more.
+        """
+        self.ledger.add(announcement)
+        here = ray.get_runtime_context().get_node_id()
+        elsewhere = [transport.node not in ("", here) for transport in self.transports]
+        copy = ray.put(content(announcement)) if any(elsewhere) else None
+        self._send(
+            "update_weights",
+            [
+                replica.update_weights.remote(announcement, *([copy] if far else []))
+                for replica, far in zip(self.replicas, elsewhere, strict=True)
+            ],
+        )
+        sent = len(self.under_way)
+        return lambda: self._settle(sent)
+
+    def complete(self, version: int, checksum: str) -> None:
+        """Let the replicas put all in place and serve it as `version`, and wait until they do."""
+        self._send(
+            "complete_weight_update",
+            [replica.complete_weight_update.remote(version, checksum) for replica in self.replicas],
+        )
+        _check(self._settle(), (version, checksum))
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect the replicas; in an NCCL group the trainer is rank 0 and each replica's workers follow."""
+        workers = (init_info.get("world_size", 1) - 1) // len(self.replicas)
+
+        def place(index: int) -> dict[str, Any]:
+            if "rank_offset" not in init_info:
+                return init_info
+            return init_info | {"rank_offset": init_info["rank_offset"] + index * workers}
+
+        self._all("init_weight_transfer_engine", lambda r, index: r.init_weight_transfer_engine.remote(place(index)))
+
+    def start_weight_update(self) -> None:
+        """Make the replicas stop serving."""
+        self._all("start_weight_update", lambda replica, _: replica.start_weight_update.remote())
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Announce tensors to the replicas and wait until each has them."""
+        self.ledger.add(update_info)
+        self._all("update_weights", lambda replica, _: replica.update_weights.remote(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let the replicas put the tensors in place."""
+        self._all("finish_weight_update", lambda replica, _: replica.finish_weight_update.remote())
+        if weight_version is not None:
+            self.declare(int(weight_version))
+
+    def declare(self, version: int) -> None:
+        """Let the replicas serve as `version` what they have put in place."""
+        sent = self.ledger.checksum
+        answers = self._all("update_weight_version", lambda r, _: r.update_weight_version.remote(version, sent))
+        _check(answers, (version, sent))
+
+    def shutdown_weight_transfer_engine(self) -> None:
+        """Disconnect the replicas."""
+        self._all("shutdown", lambda replica, _: replica.shutdown_weight_transfer_engine.remote())
+
+    def _all(self, what: str, call: Callable[[ActorHandle, int], ray.ObjectRef]) -> list[Any]:
+        return self._wait(what, [call(replica, index) for index, replica in enumerate(self.replicas)])
+
+    def _send(self, what: str, calls: list[ray.ObjectRef]) -> None:
+        self.under_way.append((what, calls))
+
+    def _settle(self, until: int | None = None) -> list[Any]:
+        """Wait for the calls under way, the first `until` of this publication or all, and return the last answers."""
+        answers: list[Any] = []
+        for index, (what, calls) in enumerate(self.under_way[:until]):
+            if calls:
+                answers = self._wait(what, calls)
+                self.under_way[index] = what, []
+        return answers
+
+    def _wait(self, what: str, calls: list[ray.ObjectRef]) -> list[Any]:
+        names = [f"rollout-{index}.{what}" for index in range(len(calls))]
+        try:
+            return wait_for_all(calls, names, max(0.0, self.ends - time.monotonic()))
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
+def _check(answers: list[Any], expected: tuple[int, str]) -> None:
+    for index, answer in enumerate(answers):
+        if tuple(answer) != expected:
+            raise TrainingError(f"rollout-{index} acknowledged weights {answer}, but the policy sent {expected}")

@@ -1,0 +1,118 @@
+"""Joining the processes that hold a model together, and saying which of their exchanges failed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from rlhf.errors import TrainingError
+
+COLLECTIVES = "torch.distributed.distributed_c10d"
+TRANSPORTS = ("gloo", "NCCL")
+LOST = "lost another rank"
+"""Said by a rank that is not at fault itself."""
+
+
+def join(rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
+    """Meet the other ranks at rank 0's `address` and `port`: NCCL on GPUs, gloo on CPU.
+
+    `timeout_s` is the deadline of the meeting and of every collective from then on. Every process sees its own GPU
+    only. The group lasts as long as the process; joining it again does nothing. Raises TrainingError when a rank does
+    not come in time.
+    """
+    if dist.is_initialized():
+        if position() != (rank, ranks):
+            raise RuntimeError(f"this process is rank {position()} already, not {(rank, ranks)}")
+        return
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(address))
+    deadline = timedelta(seconds=timeout_s)
+    # Libraries make groups of their own, which would wait for half an hour.
+    dist.distributed_c10d.default_pg_timeout = deadline
+    dist.distributed_c10d.default_pg_nccl_timeout = deadline
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=ranks,
+            timeout=deadline,
+            device_id=torch.device("cuda", 0) if on_gpu and ranks > 1 else None,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise TrainingError(
+            f"rank {rank} of {ranks}: the ranks did not meet at {address}:{port} within {timeout_s:g} s: {_line(error)}"
+        ) from error
+
+
+def join_alone() -> None:
+    """Make a group of this process, for what wants a group, unless it is in one."""
+    if dist.is_initialized():
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    join(0, 1, "127.0.0.1", port, 60.0)
+
+
+def position() -> tuple[int, int]:
+    """Return this process's rank and how many there are; (0, 1) in no group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def exchanging(what: str) -> Iterator[None]:
+    """Make the failure of a collective a TrainingError that names it, this rank, and `what` was going on."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        collective = _collective(error)
+        if collective is None:
+            raise
+        rank, ranks = position()
+        raise TrainingError(
+            f"{what}: rank {rank} of {ranks} {LOST} in {collective}, which died or missed the deadline: {_line(error)}"
+        ) from error
+
+
+def _collective(error: BaseException) -> str | None:
+    """Return the name of the collective that raised the error; None when it was something else."""
+    names = [
+        frame.f_code.co_name
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == COLLECTIVES
+    ]
+    public = [name for name in names if not name.startswith("_")]
+    if public:
+        return public[-1]
+    return "a collective" if isinstance(error, dist.DistError) or any(t in str(error) for t in TRANSPORTS) else None
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _interface(address: str) -> str:
+    """Return the name of the network interface that leads to an address, which gloo may not find by host name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 1))  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == own for item in addresses):
+            return name
+    raise RuntimeError(f"no network interface has the address {own}")

@@ -1,0 +1,57 @@
+"""What the C heap of a role's process on the CPU loses between blocks, in bytes: fitted to measurements.
+
+glibc aligns each tensor within a block that it cuts to size, and small objects settle in what is left over, so that a
+hole rarely takes a tensor as large as the last one. While autograd keeps most tensors of a forward pass, much of what
+that pass frees again is lost; so are parts of the gradients' and of the logits' blocks. The shares are those that
+agree with `tests/benchmarks/memory_model.py`, which measures processes with the settings of `actors/worker.py`.
+"""
+
+from __future__ import annotations
+
+from rlhf.recipe.activations import FLOAT, Pass, materialised
+from rlhf.recipe.model_shape import Model
+
+FREED = {4: 0.45, 2: 0.22}
+"""By bytes of a weight: the share of the forward pass's temporaries that is lost between what autograd keeps."""
+
+GRADIENTS = 0.6
+LOGITS = 0.3
+LOGITS_CHECKPOINTED = 1.0
+"""Layers that are computed again take the place where the logits were, and the next pass's need another."""
+
+SCORING = {4: 0.45, 2: 0.25}
+"""By bytes of a weight: in float32 all copies of the logits are of one size, and the next finds no hole."""
+
+
+def learning_slack(model: Model, work: Pass, logits: int, checkpointing: bool) -> int:
+    """Return what is lost at the peak of learning; `logits` are the bytes of their copies."""
+    gradients = GRADIENTS * model.size * model.trainable
+    if checkpointing:
+        return int(gradients + LOGITS_CHECKPOINTED * logits)
+    lost = FREED[model.size] * model.shape.layers * work.tokens * _freed(model, work)
+    return int(lost + gradients + LOGITS * logits)
+
+
+def scoring_slack(model: Model, alive: int) -> int:
+    """Return what is lost at the peak of scoring, of the bytes that are alive beside the weights."""
+    return int(SCORING[model.size] * alive)
+
+
+def _freed(model: Model, work: Pass) -> float:
+    """Return the bytes by token that one layer's forward pass allocates and autograd does not keep.
+
+    The norms' squares, and in bfloat16 or beside frozen weights the normalised input; queries, keys and values before
+    and while positions are rotated in; what plain attention casts, scales and sums up; outputs that residuals take
+    up; and of each adapted layer three outputs, the base's, the adapter's and the scaled one.
+    """
+    shape, size = model.shape, model.size
+    q_width, kv_width = shape.q_width, shape.kv_width
+    freed: float = FLOAT * shape.hidden * (4 if size < FLOAT or model.lora else 2)
+    freed += size * (4 * q_width + 5 * kv_width + 2 * shape.hidden)
+    if materialised(work, on_gpu=False):
+        freed += FLOAT * (4 * q_width + shape.heads * work.width)
+        freed += FLOAT * 3 * q_width + size * shape.heads * work.width if size < FLOAT else 0
+    if model.lora:
+        targets = shape.lora_width(model.lora) / (7 * model.lora.r)
+        freed += 3 * size * targets * (q_width + 2 * kv_width + 2 * shape.hidden + 2 * shape.intermediate)
+    return freed

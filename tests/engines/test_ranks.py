@@ -1,0 +1,48 @@
+"""Ranks that are lost are noticed by the others, in time and by name."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lost_rank import DEADLINE_S
+
+from rlhf.engines.ranks import exchanging
+
+SCRIPT = Path(__file__).with_name("lost_rank.py")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("fate", ["dies", "sleeps"])
+def test_a_lost_rank_is_an_error_within_the_deadline(fate: str) -> None:
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), port, fate], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        seconds, _, message = ranks[0].communicate(timeout=60)[0].partition(" ")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert message.startswith("policy.train: rank 0 of 2 lost another rank in all_reduce, which died or missed the")
+    assert float(seconds) < DEADLINE_S + 2
+    assert (float(seconds) > DEADLINE_S - 1) == (fate == "sleeps")
+
+
+def test_ranks_that_do_not_come_are_an_error() -> None:
+    port = str(free_port())
+    command = [sys.executable, str(SCRIPT), "0", port, "comes never"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.startswith(f"rank 0 of 2: the ranks did not meet at 127.0.0.1:{port} within 1 s")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"), exchanging("policy.train"):
+        raise RuntimeError("shape mismatch")
