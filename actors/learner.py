@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.group import RankGroup
-from actors.objects import Shipped
+from actors.objects import Shipped, once
 from actors.rollout import RayRollout
 from actors.supervise import RayPending
 from actors.turns import SharingRollout
@@ -109,7 +109,7 @@ class RayModel:
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> RayPending[Metrics]:
         """Step once per minibatch at `lr_scale` times the base learning rates."""
-        return self._pending("train", _first, SHIPPED(batch), objective, minibatches, lr_scale)
+        return self._pending("train", _first, SHIPPED(batch), objective, once(minibatches), lr_scale)
 
     def evaluate(self, batch: B, objective: Objective[B]) -> RayPending[Metrics]:
         """Return the objective's metrics with no gradient."""
@@ -154,7 +154,7 @@ class RayModel:
         if isinstance(engine, SharingRollout):
             engine.turns.publish()
             begin = self.group.begin
-        calls = begin("publish", engine.replicas, version, self.group.deadline_s)
+        calls = begin("publish", engine.handles(), version, self.group.deadline_s)
         return self.group.pending(self.building, "publish", calls, _first)
 
     def _pending(self, method: str, combine: Callable[[list], T], *arguments: Any) -> RayPending[T]:

@@ -59,6 +59,12 @@ class Shipped:
             del self.parcels[key]
 
 
+def once(value: Any) -> Any:
+    """Return what unpickles to `value` in each of several calls, pickled here once however large it is."""
+    pickled = Pickled(value)
+    return pickled if len(pickled.data) <= INLINE_BYTES else ray.put(value)
+
+
 def byte_count(batch: Rows) -> int:
     """Return the bytes of all tensors of a batch, those of nested batches included."""
     return sum(tensor.nbytes for tensor in _tensors(batch))

@@ -181,6 +181,10 @@ class TransformersReplica:
         self.weights.wake(part)
 
 
+FEW = 16
+"""So many replicas' handles, of about 400 bytes each, go with a call."""
+
+
 class RayRollout:
     """A `RolloutEngine` of one or more replicas, each generating `max_sequences` at once; `role` names them."""
 
@@ -191,6 +195,7 @@ class RayRollout:
         self.deadline_s = deadline_s
         self.role = role
         self.balance = Balance(len(replicas), max_sequences)
+        self.parcel: tuple[list[ActorHandle], ray.ObjectRef] | None = None
         self.calls: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def generate(
@@ -200,6 +205,14 @@ class RayRollout:
         call = Dispatch(self.replicas, self.balance, prompts, sampling, seeds, self.deadline_s, self.role)
         self.calls.add(call)
         return call
+
+    def handles(self) -> list[ActorHandle] | ray.ObjectRef:
+        """Return the replicas as an argument for many calls: a large list is pickled once, not for each of them."""
+        if len(self.replicas) <= FEW:
+            return self.replicas
+        if self.parcel is None or self.parcel[0] != self.replicas:
+            self.parcel = list(self.replicas), ray.put(self.replicas)
+        return self.parcel[1]
 
     def load(self, folder: Path, version: int) -> Pending[WeightReceipt]:
         """Serve the weights of a Hugging Face folder on every replica; the receipt is the last one's."""

@@ -20,4 +20,5 @@ if [[ $address == 127.0.0.1 ]]; then
 fi
 
 exec ray start --head --block --disable-usage-stats --node-ip-address="$address" --port="${PORT:-6379}" \
-    --include-dashboard=true --dashboard-host="$address" --dashboard-port="${JOB_PORT:-8265}" "$@"
+    --include-dashboard=true --dashboard-host="$address" --dashboard-port="${JOB_PORT:-8265}" \
+    --dashboard-agent-listen-port=0 "$@" # another Ray here may have the usual port, and then no job could start

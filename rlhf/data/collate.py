@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import numpy as np
 import torch
 
-from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence, answered
+from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence
 from rlhf.types import LabelledBatch, PreferenceBatch, Rollout, TokenBatch
 
 
@@ -26,12 +28,18 @@ def collate(sequences: Sequence[TokenSequence], pad_id: int) -> TokenBatch:
 
 def collate_rollouts(rollouts: Sequence[Rollout], pad_id: int) -> TokenBatch:
     """Pad prompt + response, `[B, T]`; the engine's logprobs stand on the response tokens, in order."""
-    batch = collate([answered(rollout.prompt.tokens, rollout.tokens) for rollout in rollouts], pad_id)
-    for row, rollout in enumerate(rollouts):
-        start = len(rollout.prompt.tokens)
-        sampled = slice(start, start + len(rollout.tokens))
-        batch.rollout_logprobs[row, sampled] = torch.tensor(rollout.logprobs, dtype=torch.float32)
-    return batch
+    starts = np.array([len(rollout.prompt.tokens) for rollout in rollouts])
+    ends = starts + np.array([len(rollout.tokens) for rollout in rollouts])
+    columns = np.arange(ends.max())
+    attention_mask = columns < ends[:, None]
+    response_mask = attention_mask & (columns >= starts[:, None])
+    tokens = np.full(attention_mask.shape, pad_id, np.int64)
+    tokens[attention_mask] = np.fromiter(
+        chain.from_iterable(part for rollout in rollouts for part in (rollout.prompt.tokens, rollout.tokens)), np.int64
+    )
+    logprobs = np.zeros(attention_mask.shape, np.float32)
+    logprobs[response_mask] = np.fromiter(chain.from_iterable(rollout.logprobs for rollout in rollouts), np.float32)
+    return TokenBatch(*map(torch.from_numpy, (tokens, attention_mask, response_mask, logprobs)))
 
 
 def collate_pairs(pairs: Sequence[TokenPair], pad_id: int) -> PreferenceBatch:

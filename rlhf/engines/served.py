@@ -51,8 +51,8 @@ class Ledger:
 class ServedWeights:
     """The state of an engine's weights: it serves only in phase `serving`, with its KV cache awake.
 
-    `begin` -> `receiving`, again and again -> `finish` -> `declare`; after a failure only `begin` leads back. An engine that
-    slept goes through `wake("weights")`, a whole update and `wake("kv_cache")`.
+    `begin` -> `receiving`, again and again -> `finish` -> `declare`; after a failure only `begin` leads back. An engine
+    that slept goes through `wake("weights")`, a whole update and `wake("kv_cache")`.
     """
 
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ def check_roles(recipe: Recipe) -> Iterator[Finding]:
             yield ("roles", name, where), problem
         if isinstance(role, TrainedRole) and role.offload == "parameters" and role.zero_stage != 3:
             yield ("roles", name, "offload"), "parameters leave the device with zero_stage: 3 only"
+        if isinstance(role, TrainedRole) and role.offload == "optimizer" and role.zero_stage == 0:
+            yield ("roles", name, "offload"), "the optimizer leaves the device with zero_stage: 1, 2 or 3"
         if isinstance(role, ModelRole) and role.ranks > 1 and role.zero_stage == 0 and recipe.model.dtype == "bfloat16":
             why = "ZeRO stage 0 cannot train bfloat16 weights: use 1, 2 or 3, or model.dtype: float32"
             yield ("roles", name, "zero_stage"), why
@@ -39,6 +41,8 @@ def _amounts(name: RoleName, role: Role) -> Iterator[tuple[str, str]]:
         yield "gpus", f"must be whole above 1, got {role.gpus:g}"
     elif isinstance(role, ModelRole) and role.gpus > 1:
         yield "gpus", f"a rank computes on one GPU, got {role.gpus:g}; use ranks: {role.gpus:g} with gpus: 1"
+    if isinstance(role, ModelRole) and role.ranks > 1 and 0 < role.gpus < 1:
+        yield "gpus", f"two ranks of one model cannot share a GPU: each of the {role.ranks} needs gpus: 1"
     if isinstance(role, RolloutRole) and role.gpus and role.tensor_parallel > 1 and role.gpus != role.tensor_parallel:
         needed = f"tensor_parallel: {role.tensor_parallel} needs gpus: {role.tensor_parallel} for each replica"
         yield "gpus", f"{needed}, got {role.gpus:g}"

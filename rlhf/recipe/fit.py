@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rlhf.recipe.check_roles import check_roles
 from rlhf.recipe.devices import Device
 from rlhf.recipe.engine_memory import EngineMemory
 from rlhf.recipe.model_shape import ModelShape
@@ -14,6 +15,8 @@ from rlhf.recipe.resources import wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole, TrainedRole
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage
+
+REMEDIES = 3
 
 
 @dataclass(frozen=True)
@@ -78,20 +81,38 @@ def check_memory(recipe: Recipe, shapes: Shapes, device: Device) -> Fit:
     return Fit(max(peaks, key=lambda peak: peak.over, default=None), tuple(problems), tuple(sorted(crowded)))
 
 
-def remedies(recipe: Recipe, shapes: Shapes, device: Device) -> list[tuple[str, Recipe]]:
-    """Return single changes of a recipe that does not fit, as written in the recipe, the most helpful first.
+def remedies(recipe: Recipe, shapes: Shapes, device: Device) -> tuple[str, ...]:
+    """Return changes of a recipe that does not fit, as written there: each alone suffices, the least costly first.
 
-    Those that make it fit come first, the least costly of them before the others.
+    Where none does, they are one change after another, each the one that then helps most, in one text.
     """
+    found = _ranked(recipe, shapes, device)
+    enough = [text for text, _, fits in found if fits]
+    if enough or not found:
+        return tuple(enough[:REMEDIES])
+    steps, changed, fits = [], recipe, False
+    while found and not fits and len(steps) < REMEDIES:
+        text, changed, fits = found[0]
+        steps.append(text)
+        found = _ranked(changed, shapes, device)
+    return (" and ".join(steps) + ("" if fits else " (not enough yet)"),)
+
+
+def _ranked(recipe: Recipe, shapes: Shapes, device: Device) -> list[tuple[str, Recipe, bool]]:
+    """Return single changes that help, and whether they suffice: those first, then by the bytes they save."""
     now = check_memory(recipe, shapes, device)
     ranked = []
     for order, (text, changed) in enumerate(_changes(recipe, now)):
+        if list(check_roles(changed)) != list(check_roles(recipe)):
+            continue
         then = check_memory(changed, shapes, device)
-        over = then.peak.over if then.peak else 0
-        saved = (now.peak.over if now.peak else 0) - over
-        if not then.problems or saved > 0:
-            ranked.append((bool(then.problems), order if not then.problems else -saved, text, changed))
-    return [(text, changed) for _, _, text, changed in sorted(ranked, key=lambda found: found[:2])]
+        saved = (now.peak.over if now.peak else 0) - (then.peak.over if then.peak else 0)
+        if not then.problems:
+            ranked.append((0, order, text, changed))
+        elif saved > 0:
+            ranked.append((1, -saved, text, changed))
+    found = sorted(ranked, key=lambda change: change[:2])
+    return [(text, changed, not late) for late, _, text, changed in found]
 
 
 def with_role(recipe: Recipe, name: RoleName, **keys: object) -> Recipe:
@@ -161,7 +182,7 @@ def _changes(recipe: Recipe, now: Fit) -> Iterator[tuple[str, Recipe]]:
         if isinstance(role, TrainedRole) and role.offload == "none":
             yield f"roles.{name}.offload: optimizer", with_role(recipe, name, offload="optimizer")
         for ranks in (2, 4, 8, 16):
-            if ranks > role.ranks:
+            if ranks > role.ranks and not getattr(role, "share", None):
                 yield f"roles.{name}.ranks: {ranks}", with_role(recipe, name, ranks=ranks)
                 text = f"roles.{name}.ranks: {ranks} with zero_stage: 3"
                 yield text, with_role(recipe, name, ranks=ranks, zero_stage=3)

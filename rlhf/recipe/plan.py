@@ -24,8 +24,6 @@ from rlhf.recipe.smallest import Smallest, smallest
 from rlhf.recipe.stage_schema import Stage, judges
 from rlhf.recipe.step_time import OnlineStep, StepWork, online_step, step_work
 
-REMEDIES = 3
-
 
 @dataclass(frozen=True)
 class RolePlan:
@@ -107,7 +105,6 @@ def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None 
     fit = check_memory(recipe, shapes, device) if device else None
     stages = tuple(_stage_plan(recipe, stage, shapes, int(resources.cpus), device) for stage in recipe.stages)
     elsewhere = not resources.gpus and any(want.gpus for want in processes(recipe).values())
-    helping = remedies(recipe, shapes, device) if device and fit and fit.problems else []
     return Plan(
         name=recipe.name,
         backend=recipe.backend,
@@ -120,7 +117,7 @@ def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None 
         seconds=None if elsewhere else _seconds(recipe, shapes.base.parameters),
         device=device,
         fit=fit,
-        remedies=tuple(text for text, _ in helping[:REMEDIES]),
+        remedies=remedies(recipe, shapes, device) if device and fit and fit.problems else (),
         searched=search,
         smallest=smallest(recipe, shapes, device) if device and search else None,
     )

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, get_args
 
+from rlhf.recipe.check_roles import check_roles
 from rlhf.recipe.devices import Device
 from rlhf.recipe.fit import Shapes, check_memory, with_role
+from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.placement import place
 from rlhf.recipe.resources import adapters, processes
-from rlhf.recipe.role_schema import RoleName, Roles
+from rlhf.recipe.role_schema import ReferenceRole, RoleName, Roles
 from rlhf.recipe.schema import Recipe
 
 Layout = Literal["together", "rollout apart", "apart"]
+IN_POLICY = ReferenceRole(share="policy")
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 WIDTHS = (1, 2, 4, 8)
@@ -64,15 +67,18 @@ def _fewest(recipe: Recipe, layout: Layout, shapes: Shapes, device: Device) -> R
             host, gpus = want.shares or name, want.gpus * want.count
             if host == name and host not in crowded and gpus < hosts.get(host, (float("inf"), changed))[0]:
                 hosts[host] = gpus, changed
-    made = recipe
-    for name, want in processes(next(_layouts(recipe, layout, shapes), recipe)).items():
+    first = next(_layouts(recipe, layout, shapes), None)
+    if first is None:
+        return None
+    made, used = recipe, processes(first)
+    for name, want in used.items():
         if (want.shares or name) not in hosts:
             return None
         role = getattr(hosts[want.shares or name][1].roles, name)
         made = made.model_copy(update={"roles": made.roles.model_copy(update={name: role})})
-    if adapters(recipe, None) is not None and "policy" in processes(recipe):
-        made = with_role(made, "reference", share="policy")
-    return None if check_memory(made, shapes, device).problems else made
+    if "reference" not in used and any(isinstance(stage, OnlineStage) for stage in recipe.stages):
+        made = made.model_copy(update={"roles": made.roles.model_copy(update={"reference": IN_POLICY})})
+    return None if any(check_roles(made)) or check_memory(made, shapes, device).problems else made
 
 
 def _layouts(recipe: Recipe, layout: Layout, shapes: Shapes) -> Iterator[Recipe]:

@@ -131,6 +131,7 @@ class StageContext:
             seed=self.seed("model", role),
             ranks=placed.ranks,
             zero_stage=placed.zero_stage,
+            offload="parameters" if getattr(placed, "offload", "none") == "parameters" else "none",
         )
 
     def rollout(self, checkpoint: str) -> RolloutSpec:

@@ -44,7 +44,7 @@ exec "$@"
 """
 SCONTROL = """\
 #!/usr/bin/env bash
-if [[ $1 == show ]]; then printf '%s\\n' node-1 node-2; else echo "$@" >>"$SCRATCH/scontrol"; fi
+if [[ $1 == show ]]; then printf '%s\\n' node-1 node-2; else echo "$@" >>"$SCRATCH/asked"; fi
 """
 
 
@@ -98,7 +98,7 @@ def test_a_batch_job_ends_cleanly_when_told_to_and_goes_on_when_requeued(tmp_pat
     job.send_signal(signal.SIGTERM)
     assert job.wait(timeout=120) == 143, batch.printed.read_text()
     until(lambda: not batch.alive(), 40, "the end of every process")
-    assert (scratch / "scontrol").read_text() == f"requeue {batch.number}\n"
+    assert (scratch / "asked").read_text() == f"requeue {batch.number}\n"
 
     job = batch.start("--set", "stages.ppo.steps=1")
     assert job.wait(timeout=300) == 0, batch.printed.read_text()

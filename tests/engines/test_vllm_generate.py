@@ -16,7 +16,7 @@ from rollout_oracle import differences, is_greedy, open_model, perturb, save, sh
 from transformers import LlamaConfig
 
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.shared_memory import Checksum, folder_weights, send
+from rlhf.engines.shared_memory import Checksum, content, folder_weights, send
 from rlhf.engines.vllm_generate import VllmEngine, backend_for
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.recipe.role_schema import RolloutRole
@@ -191,9 +191,9 @@ def corrupt(engine: VllmEngine, bad_bucket: int) -> Callable[[dict], None]:
         count += 1
         if count == bad_bucket:
             path = Path(announcement["path"])
-            content = bytearray(path.read_bytes())
-            content[-1] ^= 1
-            path.write_bytes(content)
+            memory = bytearray(path.read_bytes())
+            memory[len(content(announcement)) - 1] ^= 1  # the file may be longer than what is in it
+            path.write_bytes(memory)
         engine.update_weights(announcement)
 
     return update_weights

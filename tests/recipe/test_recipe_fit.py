@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from rlhf.cli import main
 from rlhf.errors import RecipeError
+from rlhf.recipe.check_roles import check_roles
 from rlhf.recipe.devices import DEVICES, named_device
 from rlhf.recipe.fit import Shapes, check_memory, remedies, with_role
 from rlhf.recipe.model_shape import read_shape
@@ -76,15 +77,20 @@ def test_four_ranks_of_an_8b_policy_fit_an_h100_and_two_do_not(large, shapes):
     assert "on one GPU to learn (policy " in found.problems[0]
 
 
-def test_remedies_that_suffice_come_first(large, shapes):
+def test_remedies_that_suffice(large, shapes):
     recipe = with_role(large.load(GPUS).recipe, "policy", ranks=2)
     found = remedies(recipe, shapes, H100)
-    fits = [not check_memory(changed, shapes, H100).problems for _, changed in found]
-    assert fits == sorted(fits, reverse=True)
-    assert fits[0]
-    texts = [text for text, _ in found]
-    assert "roles.policy.ranks: 4" in texts
-    assert "roles.policy.offload: optimizer" in texts
+    assert found[0] == "roles.policy.gradient_checkpointing: true"
+    assert not check_memory(with_role(recipe, "policy", gradient_checkpointing=True), shapes, H100).problems
+    assert len(found) == 3
+
+
+def test_changes_that_only_together_suffice(large, shapes):
+    recipe = with_role(with_role(large.load(GPUS).recipe, "policy", ranks=1), "critic", ranks=1)
+    (found,) = remedies(recipe, shapes, H100)
+    steps = found.split(" and ")
+    assert len(steps) > 1
+    assert {step.split(".")[1] for step in steps} == {"policy", "critic"}
 
 
 def test_turns_on_shared_gpus(large, shapes):
@@ -121,6 +127,7 @@ def test_the_smallest_layout_fits_and_one_with_fewer_ranks_does_not(large, shape
     roles = Roles.model_validate(YAML(typ="safe").load(found.block())["roles"])
     best = recipe.model_copy(update={"roles": roles})
     assert check_memory(best, shapes, H100).problems == ()
+    assert not list(check_roles(best))
     assert sum(bundle.resources.get("GPU", 0) for bundle in place(best)) == found.gpus <= 10
     assert smallest(recipe, shapes, DEVICES["b200-180gb"]).gpus < found.gpus
 
