@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class ReplicaClient:
     """vLLM's `VLLMWeightSyncClient` for Ray actors, as its `RayVLLMWeightSyncClient`, but no call waits for ever.
 
-    Each of vLLM's methods waits for all replicas. `begin`, `announce` and `complete` do the same work without waiting
-    in between: an actor runs the calls of one caller in their order, and a failure of any is raised at the end.
-    `failure` is the first one, for who waits elsewhere.
+    Each of vLLM's methods waits for all replicas. `announce` does the work of them all, with one call a bucket and
+    without waiting: an actor runs the calls of one caller in their order, and `complete` raises what failed in any.
+    `failure` is the first failure, for who waits elsewhere.
     """
 
     def __init__(self, replicas: Sequence[ActorHandle], deadline_s: float) -> None:
@@ -30,7 +30,7 @@ class ReplicaClient:
         self.transports: list[Transport] = []
         self.ends = time.monotonic() + deadline_s
         self.ledger = Ledger()
-        self.under_way: list[tuple[str, list[ray.ObjectRef]]] = []
+        self.under_way: list[list[ray.ObjectRef]] = []
         self.failure: BaseException | None = None
 
     def learn_transports(self) -> list[Transport]:
@@ -42,38 +42,37 @@ class ReplicaClient:
             raise TrainingError(f"the replicas of the rollout engine want their weights in different ways: {kinds}")
         return transports
 
-    def begin(self, adapter: dict[str, Any] | None = None) -> None:
-        """Make the replicas stop serving; what comes is a whole checkpoint, or an adapter of this configuration."""
-        arguments = [] if adapter is None else [adapter]
-        self._send("start_weight_update", [replica.start_weight_update.remote(*arguments) for replica in self.replicas])
-
-    def announce(self, announcement: dict[str, Any]) -> Answer:
+    def announce(
+        self, announcement: dict[str, Any], last: bool, version: int, adapter: dict[str, Any] | None = None
+    ) -> Answer:
         """Announce a bucket in this machine's memory; to replicas on other nodes its bytes go with it, put once.
+
+        With the first one the replicas stop serving, and with the last they serve what came as `version`: a whole
+        checkpoint, or an adapter of this configuration.
 
         Returns:
             what waits until no replica reads the bucket any more.
         """
+        first = not self.under_way
         self.ledger.add(announcement)
         here = ray.get_runtime_context().get_node_id()
         elsewhere = [transport.node not in ("", here) for transport in self.transports]
         copy = ray.put(content(announcement)) if any(elsewhere) else None
-        self._send(
-            "update_weights",
+        about = (announcement, first, version if last else None, adapter if first else None)
+        self.under_way.append(
             [
-                replica.update_weights.remote(announcement, *([copy] if far else []))
+                replica.take_bucket.remote(*about, *([copy] if far else []))
                 for replica, far in zip(self.replicas, elsewhere, strict=True)
-            ],
+            ]
         )
         sent = len(self.under_way)
         return lambda: self._settle(sent)
 
     def complete(self, version: int, checksum: str) -> None:
-        """Let the replicas put all in place and serve it as `version`, and wait until they do."""
-        self._send(
-            "complete_weight_update",
-            [replica.complete_weight_update.remote(version, checksum) for replica in self.replicas],
-        )
-        _check(self._settle(), (version, checksum))
+        """Wait until all replicas serve what was announced."""
+        if not self.under_way:
+            raise TrainingError("the policy has no weights to publish")
+        _check(self._settle(len(self.under_way)), (version, checksum))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect the replicas; in an NCCL group the trainer is rank 0 and each replica's workers follow."""
@@ -114,16 +113,13 @@ class ReplicaClient:
     def _all(self, what: str, call: Callable[[ActorHandle, int], ray.ObjectRef]) -> list[Any]:
         return self._wait(what, [call(replica, index) for index, replica in enumerate(self.replicas)])
 
-    def _send(self, what: str, calls: list[ray.ObjectRef]) -> None:
-        self.under_way.append((what, calls))
-
-    def _settle(self, until: int | None = None) -> list[Any]:
-        """Wait for the calls under way, the first `until` of this publication or all, and return the last answers."""
+    def _settle(self, until: int) -> list[Any]:
+        """Wait for the first `until` buckets of this publication and return the answers to the last of them."""
         answers: list[Any] = []
-        for index, (what, calls) in enumerate(self.under_way[:until]):
+        for index, calls in enumerate(self.under_way[:until]):
             if calls:
-                answers = self._wait(what, calls)
-                self.under_way[index] = what, []
+                answers = self._wait("update_weights", calls)
+                self.under_way[index] = []
         return answers
 
     def _wait(self, what: str, calls: list[ray.ObjectRef]) -> list[Any]:

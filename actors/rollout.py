@@ -68,16 +68,37 @@ class RolloutActor:
         """Connect to the trainer."""
         self.engine.init_weight_transfer_engine(init_info)
 
-    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
-        """Stop serving and begin an update, of the whole model or of an adapter of this configuration."""
-        self.engine.start_weight_update(adapter)
+    def take_bucket(
+        self,
+        announcement: dict[str, Any],
+        first: bool,
+        version: int | None,
+        adapter: dict[str, Any] | None = None,
+        content: np.ndarray | None = None,
+    ) -> tuple[int, str]:
+        """Receive a part of an update: the first begins it, and one with a version ends it. Return what is served.
 
-    def update_weights(self, update_info: dict[str, Any], content: np.ndarray | None = None) -> None:
-        """Receive some of the tensors; `content` is the announced memory where that is another machine's."""
+        The update is of the whole model, or of an adapter of this configuration; `content` is the announced memory
+        where that is another machine's.
+        """
+        if first:
+            self.engine.start_weight_update(adapter)
         if content is not None:
             self.copy = self.copy or Buffer()
             self.copy.fill(content)
-            update_info = update_info | {"path": self.copy.path}
+            announcement = announcement | {"path": self.copy.path}
+        self.engine.update_weights(announcement)
+        if version is not None:
+            self.engine.finish_weight_update()
+            self.engine.update_weight_version(version, announcement["checksum"])
+        return self.engine.served()
+
+    def start_weight_update(self) -> None:
+        """Stop serving and begin an update."""
+        self.engine.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive some of the tensors."""
         self.engine.update_weights(update_info)
 
     def finish_weight_update(self) -> None:
@@ -88,17 +109,12 @@ class RolloutActor:
         """Serve again, as `version`; return it and the checksum, which must be the one given."""
         return self.engine.update_weight_version(version, checksum)
 
-    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
-        """Put the tensors in place and serve again, in one call."""
-        self.engine.finish_weight_update()
-        return self.engine.update_weight_version(version, checksum)
-
     def sleep(self) -> None:
         """Drop weights and KV cache from the GPU."""
         self.engine.sleep()
 
     def wake(self, part: EnginePart) -> None:
-        """Get room for one of them again."""
+        """Bring one of them back."""
         self.engine.wake(part)
 
     def shutdown_weight_transfer_engine(self) -> None:
@@ -172,12 +188,12 @@ class TransformersReplica:
         return self.weights.declare(version, checksum)
 
     def sleep(self) -> None:
-        """Refuse to generate until weights came; the memory stays."""
+        """Refuse to generate until woken; the memory stays."""
         self.weights.sleep()
         self.gate.drain()
 
     def wake(self, part: EnginePart) -> None:
-        """Note that a part may come, or be used, again."""
+        """Note that a part may be used again."""
         self.weights.wake(part)
 
 
@@ -226,7 +242,7 @@ class RayRollout:
         return RayPending([replica.sleep.remote() for replica in self.replicas], self._names("sleep"), self.deadline_s)
 
     def wake(self, part: EnginePart) -> RayPending[None]:
-        """Get room for one of them again on every replica."""
+        """Bring one of them back on every replica."""
         calls = [replica.wake.remote(part) for replica in self.replicas]
         return RayPending(calls, self._names("wake"), self.deadline_s)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.replicas import ReplicaClient
@@ -113,8 +114,7 @@ class Publisher:
         if self.outbox is None:
             self.outbox = Outbox()
         try:
-            client.begin(adapter)
-            checksum = self.outbox.send(passing, client.announce)
+            checksum = self.outbox.send(passing, partial(client.announce, version=version, adapter=adapter))
         except Exception:
             for _ in passing:
                 pass

@@ -142,11 +142,11 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> Pending[None]:
-        """Drop weights and KV cache from accelerator memory; nothing to do on CPU."""
+        """Move the weights out of accelerator memory and drop the KV cache; nothing to do on CPU."""
         ...
 
     def wake(self, part: EnginePart) -> Pending[None]:
-        """Get room for one of them again: for weights, which must then be published, before the KV cache."""
+        """Bring one of them back: the weights, and after them the cache."""
         ...
 
 

@@ -14,7 +14,7 @@ from rlhf.errors import TrainingError
 from rlhf.roles import EnginePart
 
 Backend = Literal["shared_memory", "nccl", "ipc"]
-Phase = Literal["serving", "receiving", "failed", "complete", "asleep", "empty"]
+Phase = Literal["serving", "receiving", "failed", "complete"]
 
 
 class Transport(NamedTuple):
@@ -52,18 +52,18 @@ class ServedWeights:
     """The state of an engine's weights: it serves only in phase `serving`, with its KV cache awake.
 
     `begin` -> `receiving`, again and again -> `finish` -> `declare`; after a failure only `begin` leads back. An engine
-    that slept goes through `wake("weights")`, a whole update and `wake("kv_cache")`.
+    that slept has its weights again after `wake("weights")` and serves after `wake("kv_cache")`.
     """
 
     def __init__(self) -> None:
         self.phase: Phase = "serving"
         self.version = 0
         self.ledger = Ledger()
-        self.cache_awake = True
+        self.awake: set[EnginePart] = {"weights", "kv_cache"}
 
     def begin(self) -> None:
         """Stop serving; whatever was under way before is void. TrainingError while there is no room for weights."""
-        if self.phase == "asleep":
+        if "weights" not in self.awake:
             raise TrainingError("the rollout engine is asleep: wake its weights before an update")
         self.phase = "receiving"
         self.ledger = Ledger()
@@ -105,26 +105,22 @@ class ServedWeights:
         self.version = version
         return self.served()
 
-    def sleep(self) -> None:
-        """Neither weights nor KV cache are there any more."""
-        self.phase = "asleep"
-        self.cache_awake = False
+    def sleep(self) -> bool:
+        """Note that weights and KV cache have left the device; return whether any was awake."""
+        was_awake = bool(self.awake)
+        self.awake = set()
+        return was_awake
 
     def wake(self, part: EnginePart) -> bool:
-        """Note that there is room for a part again; return whether it was asleep.
+        """Note that a part is on the device again; return whether it was asleep.
 
         Raises:
-            TrainingError: the KV cache is woken before weights are served.
+            TrainingError: the KV cache is woken before the weights.
         """
-        if part == "weights":
-            asleep = self.phase == "asleep"
-            if asleep:
-                self.phase = "empty"
-            return asleep
-        if self.phase != "serving":
-            raise TrainingError(f"the KV cache was woken before weights were published ({self.phase})")
-        asleep = not self.cache_awake
-        self.cache_awake = True
+        if part == "kv_cache" and "weights" not in self.awake:
+            raise TrainingError("the KV cache was woken before the weights")
+        asleep = part not in self.awake
+        self.awake.add(part)
         return asleep
 
     def served(self) -> tuple[int, str]:
@@ -133,9 +129,7 @@ class ServedWeights:
 
     def check_serving(self) -> None:
         """Raise TrainingError unless whole, declared weights are in place, and a KV cache."""
-        if self.phase in ("asleep", "empty"):
-            raise TrainingError("the rollout engine cannot generate: it slept, and no weights were published since")
         if self.phase != "serving":
             raise TrainingError(f"the rollout engine cannot generate: a weight update is unfinished ({self.phase})")
-        if not self.cache_awake:
-            raise TrainingError("the rollout engine cannot generate: its KV cache is asleep")
+        if "kv_cache" not in self.awake:
+            raise TrainingError("the rollout engine cannot generate: it is asleep")

@@ -34,8 +34,8 @@ Weights = Iterable[tuple[str, Tensor]]
 Answer = Callable[[], object]
 """Waits until the receivers are done with a bucket."""
 
-UpdateWeights = Callable[[dict[str, Any]], Answer | None]
-"""Announces a bucket; None says that the receivers are done with it already."""
+Announce = Callable[[dict[str, Any], bool], Answer | None]
+"""Announces a bucket, and whether it is the last; None says that the receivers are done with it already."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Outbox:
         self.bucket_bytes = bucket_bytes
         self.buffers = (Buffer(), Buffer())
 
-    def send(self, weights: Weights, update_weights: UpdateWeights) -> str:
+    def send(self, weights: Weights, announce: Announce) -> str:
         """Write the weights into shared memory, bucket by bucket, announce each, and return the checksum of all.
 
         Each tensor is copied before the next is asked for, so the iterator may reuse its memory. At the end the last
@@ -161,7 +161,7 @@ class Outbox:
                 buffer.append(tensor, checksum, self.bucket_bytes)
                 pair = next(pairs, None)
             bucket = Bucket(names, dtype_names, shapes, buffer.path, checksum.hexdigest())
-            answers.append(update_weights(asdict(bucket)))
+            answers.append(announce(asdict(bucket), pair is None))
         return checksum.hexdigest()
 
     def close(self) -> None:
@@ -227,10 +227,10 @@ class Inbox:
         return self._mapped[path][1]
 
 
-def send(weights: Weights, update_weights: UpdateWeights, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Send once; `update_weights` must return only when the receiver is done with a bucket."""
+def send(weights: Weights, update_weights: Callable[[dict[str, Any]], None], bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Send once; `update_weights` takes an announcement and returns when the receiver is done with the bucket."""
     with Outbox(bucket_bytes) as outbox:
-        outbox.send(weights, update_weights)
+        outbox.send(weights, lambda announcement, _: update_weights(announcement))
 
 
 def content(announcement: dict[str, Any]) -> np.ndarray:

@@ -192,14 +192,14 @@ class VllmEngine:
         return self.weights.declare(version, checksum)
 
     def sleep(self) -> None:
-        """Drop weights and KV cache from the GPU; a base that only its adapter changes is kept in main memory."""
-        self.weights.sleep()
+        """Move the weights to main memory and drop the KV cache: the GPU is free, and no weights are lost."""
+        asleep = self.weights.sleep()
         self.gate.drain()
-        if self.sleeps:
-            self.llm.sleep(level=1 if serves_adapters(self.spec) else 2)
+        if asleep and self.sleeps:
+            self.llm.sleep(level=1)
 
     def wake(self, part: EnginePart) -> None:
-        """Get room for weights, which must then be published, or for the KV cache after that."""
+        """Bring back the weights, or an empty KV cache after them."""
         if self.weights.wake(part) and self.sleeps:
             self.llm.wake_up([part])
 

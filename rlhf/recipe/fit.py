@@ -90,7 +90,8 @@ def remedies(recipe: Recipe, shapes: Shapes, device: Device) -> tuple[str, ...]:
     enough = [text for text, _, fits in found if fits]
     if enough or not found:
         return tuple(enough[:REMEDIES])
-    steps, changed, fits = [], recipe, False
+    steps: list[str] = []
+    changed, fits = recipe, False
     while found and not fits and len(steps) < REMEDIES:
         text, changed, fits = found[0]
         steps.append(text)

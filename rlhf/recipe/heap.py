@@ -14,22 +14,23 @@ from rlhf.recipe.model_shape import Model
 FREED = {4: 0.45, 2: 0.22}
 """By bytes of a weight: the share of the forward pass's temporaries that is lost between what autograd keeps."""
 
-GRADIENTS = 0.6
-LOGITS = 0.3
-LOGITS_CHECKPOINTED = 1.0
-"""Layers that are computed again take the place where the logits were, and the next pass's need another."""
+CHECKPOINTED = 0.6
+"""Of that, what is lost where layers keep their inputs alone."""
 
-SCORING = {4: 0.45, 2: 0.25}
+GRADIENTS = 0.6
+LOGITS = {False: 0.3, True: 0.6}
+"""Without and with checkpointing: layers that are computed again take the place where the logits were."""
+
+SCORING = {4: 0.45, 2: 0.1}
 """By bytes of a weight: in float32 all copies of the logits are of one size, and the next finds no hole."""
 
 
 def learning_slack(model: Model, work: Pass, logits: int, checkpointing: bool) -> int:
     """Return what is lost at the peak of learning; `logits` are the bytes of their copies."""
-    gradients = GRADIENTS * model.size * model.trainable
-    if checkpointing:
-        return int(gradients + LOGITS_CHECKPOINTED * logits)
     lost = FREED[model.size] * model.shape.layers * work.tokens * _freed(model, work)
-    return int(lost + gradients + LOGITS * logits)
+    if checkpointing:
+        lost *= CHECKPOINTED
+    return int(lost + GRADIENTS * model.size * model.trainable + LOGITS[checkpointing] * logits)
 
 
 def scoring_slack(model: Model, alive: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from rlhf.recipe.activations import Pass
@@ -61,7 +61,8 @@ def stage_memory(
     """Estimate every role of a stage; `judge` is the shape of a language model that judges here.
 
     Where the rollout engine shares the policy's GPUs they take turns: the policy leaves them while it generates, and
-    the engine drops weights and KV cache while others work; to be published to, it wakes its weights alone.
+    the engine drops weights and KV cache while others work; to be published to, it wakes its weights alone. On GPUs of
+    an unknown kind the engine's KV cache is what its sequences need.
     """
     phases = stage_phases(stage)
     found: dict[RoleName, RoleMemory] = {}
@@ -73,6 +74,8 @@ def stage_memory(
         if isinstance(role, RolloutRole):
             length = _judge(stage).max_prompt_tokens + 1 if name == "judge" else longest(recipe)
             engine = engine_memory(shown, recipe.model.dtype, role, length, here)
+            if want.gpus and device is None:
+                engine = replace(engine, awake=replace(engine.awake, kv_cache=engine.needed), room=engine.needed)
             held = {phase: _engine_phase(engine, phase, want) for phase in phases}
             found[name] = RoleMemory(model, held, engine=engine)
         else:

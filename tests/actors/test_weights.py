@@ -117,27 +117,31 @@ class StrangeReplica:
     def transport(self) -> tuple[str, int]:
         return "shared_memory", 1
 
-    def start_weight_update(self) -> None:
-        self.weights.begin()
-
-    def update_weights(self, update_info: dict) -> None:
+    def take_bucket(self, announcement: dict, first: bool, version: int | None, adapter: None) -> tuple[int, str]:
         if self.flaw == "hangs":
             time.sleep(60)
         if self.flaw == "dies":
             raise SystemExit
-        self.weights.ledger.add(update_info)
-
-    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
-        if self.flaw == "received something else":
-            self.weights.ledger.checksum = "0000"
-        self.weights.finish()
-        return self.weights.declare(version - 1 if self.flaw == "serves the old version" else version, checksum)
+        if first:
+            self.weights.begin()
+        with self.weights.receiving(announcement):
+            if self.flaw == "refuses":
+                raise TrainingError("arrived with another checksum")
+        if version is not None:
+            self.weights.finish()
+            self.weights.declare(version - 1 if self.flaw == "serves the old version" else version)
+        return self.weights.version, "0000" if self.flaw == "received something else" else self.weights.ledger.checksum
 
 
 @pytest.mark.parametrize(
     ("flaw", "deadline_s", "message"),
     [
-        ("received something else", DEADLINE_S, r"rollout-1.complete_weight_update: .* 0000, but \w{16} was sent"),
+        ("refuses", DEADLINE_S, r"rollout-1.update_weights: arrived with another checksum"),
+        (
+            "received something else",
+            DEADLINE_S,
+            r"rollout-1 acknowledged weights \(4, '0000'\), .*the policy sent \(4,",
+        ),
         ("serves the old version", DEADLINE_S, r"rollout-1 acknowledged weights \(3, .*the policy sent \(4,"),
         ("hangs", 5.0, r"rollout-1.update_weights gave no answer within"),
         ("dies", DEADLINE_S, r"rollout-1.update_weights: the process died"),
@@ -159,20 +163,25 @@ def test_the_replica_at_fault_is_named(replicas, model, flaw, deadline_s, messag
     assert differences(model, generate(replicas[0])).max() < 5e-5
 
 
-def test_an_engine_that_slept_waits_for_weights_and_cache(replicas, model):
+def test_an_engine_that_slept_has_its_weights_and_waits_for_them_and_the_cache(replicas, model):
     engine = RayRollout(replicas, DEADLINE_S)
     engine.sleep().result()
     with pytest.raises(TrainingError, match="asleep: wake its weights"):
         publish(lambda: merged_weights(model), replicas, 7, DEADLINE_S)
+    with pytest.raises(TrainingError, match="KV cache was woken before the weights"):
+        engine.wake("kv_cache").result()
     engine.wake("weights").result()
-    for replica in replicas:
-        with pytest.raises(TrainingError, match="no weights were published"):
-            generate(replica)
     publish(lambda: merged_weights(model), replicas, 7, DEADLINE_S)
-    with pytest.raises(TrainingError, match="KV cache is asleep"):
-        generate(replicas[0])
+    for replica in replicas:
+        with pytest.raises(TrainingError, match="cannot generate: it is asleep"):
+            generate(replica)
     engine.wake("kv_cache").result()
-    assert {rollout.policy_version for replica in replicas for rollout in generate(replica)} == {7}
+    before = [generate(replica) for replica in replicas]
+    engine.sleep().result()
+    engine.wake("weights").result()
+    engine.wake("kv_cache").result()
+    assert [generate(replica) for replica in replicas] == before
+    assert {rollout.policy_version for rollouts in before for rollout in rollouts} == {7}
 
 
 def test_a_policy_that_fails_half_way_leaves_nothing_served(replicas, model):
@@ -185,6 +194,7 @@ def test_a_policy_that_fails_half_way_leaves_nothing_served(replicas, model):
     with pytest.raises(MemoryError, match="merging"):
         publish(failing, replicas, 6, DEADLINE_S)
     for replica in replicas:
+        ray.get(replica.served.remote(), timeout=DEADLINE_S)  # comes after what the publication sent
         with pytest.raises(TrainingError, match="weight update is unfinished"):
             generate(replica)
     publish(lambda: merged_weights(model), replicas, 6, DEADLINE_S)

@@ -5,7 +5,8 @@
 Each case builds a random Llama, then trains or scores with it in a fresh process with the allocator of a role's
 process. Measured is the peak resident size after the model is there, less what was resident before it was built; a
 step of a tiny model has come first, so that the libraries are not counted. Loading itself, which maps files, is not in
-it. No figure depends on what else the machine does.
+it. Other work on the machine does not matter, but the heap's holes fall a little differently each time: two runs differ
+by a few percent, and of `score-fp32` by a quarter, where one block of logits more or less is lost.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ from rich.table import Table
 from actors.dispatch import CALLS
 from actors.group import RankGroup
 from actors.learner import RayModel
-from actors.objects import Drawn
-from actors.rollout import RayRollout
+from actors.rollout import RayRollout, RolloutActor
 from actors.weights import publish
+from rlhf.engines.served import Transport
 from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.recipe.base import ModelJudge, PathData
 from rlhf.recipe.online_schema import PpoStage
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 SEQUENCES, PROMPT_TOKENS, RESPONSE_TOKENS = 32, 24, 24
 PHASES = ("generate", "score", "learn", "publish")
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 WARM_UP = 10
 
 STAGE = PpoStage(
@@ -105,24 +105,41 @@ class IdleModel:
         return publish(lambda: iter([("w", torch.zeros(1))]), replicas, version, deadline_s, self.rank)
 
 
-class IdleReplica:
-    """Answers as a rollout engine would."""
+class IdleEngine:
+    """Answers as an engine of a replica would."""
 
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Drawn:
+    def __init__(self) -> None:
+        self.now: tuple[int, str] = 0, ""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         tokens, logprobs = tuple(range(RESPONSE_TOKENS)), (0.0,) * RESPONSE_TOKENS
-        return Drawn.of([Rollout(prompt, tokens, logprobs, "an answer", "stop", 0, 1) for prompt in prompts])
+        return [Rollout(prompt, tokens, logprobs, "an answer", "stop", 0, 1) for prompt in prompts]
 
-    def transport(self) -> tuple[str, int]:
-        return "shared_memory", 1
+    def transport(self) -> Transport:
+        return Transport("shared_memory", 1)
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
         pass
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         pass
 
-    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
-        return version, checksum
+    def finish_weight_update(self) -> None:
+        pass
+
+    def update_weight_version(self, version: int, checksum: str) -> tuple[int, str]:
+        self.now = version, checksum
+        return self.now
+
+    def served(self) -> tuple[int, str]:
+        return self.now
+
+
+class IdleReplica(RolloutActor):
+    """A replica with an idle engine."""
+
+    def __init__(self) -> None:
+        self.engine: Any = IdleEngine()
 
 
 class Here:

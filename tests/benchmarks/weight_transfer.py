@@ -72,17 +72,16 @@ class Verifier:
     def transport(self) -> tuple[str, int]:
         return "shared_memory", 1
 
-    def start_weight_update(self) -> None:
-        self.weights.begin()
-        self.inbox.begin()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.inbox.receive(Bucket(**update_info))
-        self.weights.ledger.add(update_info)
-
-    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
-        self.weights.finish()
-        return self.weights.declare(version, checksum)
+    def take_bucket(self, announcement: dict[str, Any], first: bool, version: int | None, _: None) -> tuple[int, str]:
+        if first:
+            self.weights.begin()
+            self.inbox.begin()
+        with self.weights.receiving(announcement):
+            self.inbox.receive(Bucket(**announcement))
+        if version is not None:
+            self.weights.finish()
+            self.weights.declare(version)
+        return self.weights.served()
 
 
 class TimedReplica(RolloutActor):
@@ -90,24 +89,14 @@ class TimedReplica(RolloutActor):
 
     seconds = 0.0
 
-    def start_weight_update(self, adapter: dict[str, Any] | None = None) -> None:
-        self.seconds = 0.0
-        self._timed(super().start_weight_update, adapter)
-
-    def update_weights(self, update_info: dict[str, Any], content: Any = None) -> None:
-        self._timed(super().update_weights, update_info, content)
-
-    def complete_weight_update(self, version: int, checksum: str) -> tuple[int, str]:
-        return self._timed(super().complete_weight_update, version, checksum)
+    def take_bucket(self, announcement: dict[str, Any], first: bool, *more: Any) -> tuple[int, str]:
+        started = time.perf_counter()
+        served = super().take_bucket(announcement, first, *more)
+        self.seconds = (0 if first else self.seconds) + time.perf_counter() - started
+        return served
 
     def update_seconds(self) -> float:
         return self.seconds
-
-    def _timed(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = method(*arguments)
-        self.seconds += time.perf_counter() - started
-        return result
 
 
 class LoraPolicy:

@@ -84,16 +84,23 @@ def test_what_arrived_must_be_what_was_sent():
         weights.check_serving()
 
 
-def test_an_engine_that_slept_serves_after_weights_and_cache_are_back():
+@pytest.mark.parametrize("published", [False, True])
+def test_an_engine_that_slept_serves_after_weights_and_cache_are_back(published):
     weights = slept()
     assert weights.wake("weights")
-    with pytest.raises(TrainingError, match="slept, and no weights were published"):
-        weights.check_serving()
-    publish(weights)
-    with pytest.raises(TrainingError, match="KV cache is asleep"):
+    if published:
+        publish(weights)
+    with pytest.raises(TrainingError, match="cannot generate: it is asleep"):
         weights.check_serving()
     assert weights.wake("kv_cache")
     weights.check_serving()
+    assert weights.served()[0] == int(published)
+
+
+def test_sleeping_twice_is_sleeping_once():
+    weights = ServedWeights()
+    assert weights.sleep()
+    assert not weights.sleep()
 
 
 def test_a_sleeping_engine_has_no_room_for_weights():
@@ -107,7 +114,7 @@ def test_what_is_late_for_an_update_that_was_refused_does_not_end_the_sleep():
     weights = slept()
     with pytest.raises(TrainingError, match="asleep"):
         weights.begin()
-    with pytest.raises(TrainingError, match=r"no update .* under way \(asleep\)"), weights.receiving(ANNOUNCEMENT):
+    with pytest.raises(TrainingError, match=r"no update .* under way"), weights.receiving(ANNOUNCEMENT):
         pytest.fail("not taken in")
     with pytest.raises(TrainingError, match="finished"):
         weights.finish()
@@ -126,12 +133,9 @@ def test_a_failure_on_arrival_voids_the_update():
     weights.check_serving()
 
 
-@pytest.mark.parametrize("woken", [False, True])
-def test_the_cache_comes_after_the_weights(woken):
+def test_the_cache_comes_after_the_weights():
     weights = slept()
-    if woken:
-        weights.wake("weights")
-    with pytest.raises(TrainingError, match="before weights were published"):
+    with pytest.raises(TrainingError, match="before the weights"):
         weights.wake("kv_cache")
 
 

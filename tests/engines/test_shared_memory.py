@@ -226,8 +226,9 @@ def test_memory_is_kept_and_filled_again_only_when_it_was_answered():
             receiver.sizes.clear()
             late: list[dict] = []
 
-            def announce(announcement: dict, late: list[dict] = late):
+            def announce(announcement: dict, last: bool, late: list[dict] = late):
                 number = len(late)
+                assert last == (number == 5)
                 late.append(announcement)
                 order.append(f"announced {number}")
 

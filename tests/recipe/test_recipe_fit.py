@@ -80,9 +80,10 @@ def test_four_ranks_of_an_8b_policy_fit_an_h100_and_two_do_not(large, shapes):
 def test_remedies_that_suffice(large, shapes):
     recipe = with_role(large.load(GPUS).recipe, "policy", ranks=2)
     found = remedies(recipe, shapes, H100)
-    assert found[0] == "roles.policy.gradient_checkpointing: true"
-    assert not check_memory(with_role(recipe, "policy", gradient_checkpointing=True), shapes, H100).problems
-    assert len(found) == 3
+    assert found[0] == "roles.policy.offload: optimizer"
+    assert check_memory(recipe, shapes, H100).problems
+    assert not check_memory(with_role(recipe, "policy", offload="optimizer"), shapes, H100).problems
+    assert "roles.policy.ranks: 4" in found
 
 
 def test_changes_that_only_together_suffice(large, shapes):
@@ -90,7 +91,7 @@ def test_changes_that_only_together_suffice(large, shapes):
     (found,) = remedies(recipe, shapes, H100)
     steps = found.split(" and ")
     assert len(steps) > 1
-    assert {step.split(".")[1] for step in steps} == {"policy", "critic"}
+    assert {"policy", "critic"} <= {step.split(".")[1] for step in steps}
 
 
 def test_turns_on_shared_gpus(large, shapes):
