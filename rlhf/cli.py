@@ -174,12 +174,12 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
     say = functools.partial(click.echo, nl=False)
     job = submit(address, upload, folder, name or recipe.name, say)
     if not wait:
-        click.echo(f"follow it with: ray job logs --follow --address {address} {job.name}")
+        click.echo(f"follow it with: RAY_AUTH_MODE=token ray job logs --follow --address {address} {job.name}")
         return
     try:
         code = job.follow(say)
     except KeyboardInterrupt:
-        click.echo(f"stopping {job.name}; once more leaves it running", err=True)
+        click.echo(f"stopping {job.name}; once more does not wait for its end", err=True)
         job.stop()
         raise
     sys.exit(code)

@@ -18,10 +18,11 @@ CHECKPOINTED = 0.6
 """Of that, what is lost where layers keep their inputs alone."""
 
 GRADIENTS = 0.6
-LOGITS = {False: 0.3, True: 0.6}
+LOGITS = {False: 0.45, True: 0.8}
 """Without and with checkpointing: layers that are computed again take the place where the logits were."""
 
-SCORING = {4: 0.45, 2: 0.1}
+SCORED_ACTIVATIONS = 0.4
+SCORED_LOGITS = {4: 0.45, 2: 0.1}
 """By bytes of a weight: in float32 all copies of the logits are of one size, and the next finds no hole."""
 
 
@@ -33,9 +34,9 @@ def learning_slack(model: Model, work: Pass, logits: int, checkpointing: bool) -
     return int(lost + GRADIENTS * model.size * model.trainable + LOGITS[checkpointing] * logits)
 
 
-def scoring_slack(model: Model, alive: int) -> int:
+def scoring_slack(model: Model, activations: int, logits: int) -> int:
     """Return what is lost at the peak of scoring, of the bytes that are alive beside the weights."""
-    return int(SCORING[model.size] * alive)
+    return int(SCORED_ACTIVATIONS * activations + SCORED_LOGITS[model.size] * logits)
 
 
 def _freed(model: Model, work: Pass) -> float:

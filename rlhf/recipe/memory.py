@@ -93,7 +93,8 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
     scored = logits(model, work, training=False)
     score = replace(resident, activations=int(entered + (0 if scored > widest else widest)), buffers=gathered)
     score = replace(score, logits=scored if scored > widest else 0)
-    score = replace(score, slack=int(SLACK * _moving(score)) if on_gpu else scoring_slack(model, _moving(score)))
+    heap = scoring_slack(model, score.activations, score.logits)
+    score = replace(score, slack=int(SLACK * _moving(score)) if on_gpu else heap)
     if not model.trained:
         return LearnerMemory(resident, score, resident, host)
     learn = max(_moments(model, work, cut, on_gpu), key=lambda memory: memory.total)

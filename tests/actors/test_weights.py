@@ -15,11 +15,11 @@ from rollout_oracle import differences, is_greedy, open_model, perturb, save, sh
 from transformers import PreTrainedModel
 
 from actors.rollout import RayRollout, Replica
-from actors.weights import publish
+from actors.weights import Publisher, publish
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.engines.served import ServedWeights
-from rlhf.engines.shared_memory import Checksum
+from rlhf.engines.shared_memory import Checksum, Outbox
 from rlhf.errors import TrainingError
 from rlhf.models.lora import merged_weights
 from rlhf.models.tokenizer import load_tokenizer
@@ -184,20 +184,32 @@ def test_an_engine_that_slept_has_its_weights_and_waits_for_them_and_the_cache(r
     assert {rollout.policy_version for rollouts in before for rollout in rollouts} == {7}
 
 
-def test_a_policy_that_fails_half_way_leaves_nothing_served(replicas, model):
-    def failing() -> Iterator[tuple[str, torch.Tensor]]:
-        for index, item in enumerate(merged_weights(model)):
-            if index == 7:
-                raise MemoryError("merging")
-            yield item
+def failing(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, item in enumerate(merged_weights(model)):
+        if index == 7:
+            raise MemoryError("merging")
+        yield item
 
+
+def test_a_policy_that_fails_before_its_first_bucket_leaves_the_last_weights_served(replicas, model):
+    publish(lambda: merged_weights(model), replicas, 4, DEADLINE_S)
     with pytest.raises(MemoryError, match="merging"):
-        publish(failing, replicas, 6, DEADLINE_S)
+        publish(lambda: failing(model), replicas, 5, DEADLINE_S)
+    for replica in replicas:
+        rollouts = generate(replica)
+        assert {rollout.policy_version for rollout in rollouts} == {4}
+        assert differences(model, rollouts).max() < 5e-5
+
+
+def test_a_policy_that_fails_half_way_leaves_nothing_served(replicas, model, monkeypatch):
+    monkeypatch.setattr("actors.weights.Outbox", lambda: Outbox(16_000))
+    with pytest.raises(MemoryError, match="merging"):
+        Publisher().publish(lambda: failing(model), replicas, 6, DEADLINE_S)
     for replica in replicas:
         ray.get(replica.served.remote(), timeout=DEADLINE_S)  # comes after what the publication sent
         with pytest.raises(TrainingError, match="weight update is unfinished"):
             generate(replica)
-    publish(lambda: merged_weights(model), replicas, 6, DEADLINE_S)
+    Publisher().publish(lambda: merged_weights(model), replicas, 6, DEADLINE_S)  # in many buckets
     assert differences(model, generate(replicas[0])).max() < 5e-5
 
 

@@ -95,6 +95,10 @@ CASES = {
     "score-bf16-words": Case(WORDY, "bfloat16", "score", 32, 128, 4096),
     "score-bf16-large": Case(LARGE, "bfloat16", "score", 16, 256, 4096, prompt=192),
     "reward-fp32": Case(SMALL, "float32", "reward", 16, 64, 1024),
+    "lora-fp32-passes": Case(WIDE, "float32", "train", 12, 96, 480, prompt=32, lora=True, ragged=True),
+    "reward-bf16-large": Case(LARGE, "bfloat16", "reward", 16, 192, 1536, lora=True),
+    "full-bf16-prompts": Case(WORDY, "bfloat16", "train", 12, 320, 1920, prompt=256, ragged=True),
+    "score-fp32-prompts": Case(WIDE, "float32", "score", 12, 320, 1920, prompt=200, ragged=True),
     "value-bf16": Case(LARGE, "bfloat16", "value", 16, 256, 4096),
 }
 
@@ -204,8 +208,6 @@ def measure(case: Case, folder: Path) -> int:
     process = psutil.Process()
     before = process.memory_info().rss
     learner = ModelLearner(spec(case, folder))
-    if case.checkpointing and not learner.model.is_gradient_checkpointing:
-        learner.model.gradient_checkpointing_enable({"use_reentrant": False})
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     work(case, learner)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
