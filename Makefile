@@ -1,6 +1,7 @@
-# make setup        .venv with the locked CPU set and the project
+# make setup        .venv with the locked set (SET=cpu or gpu) and the project
 # make quickstart   SmolLM2-135M through SFT, preferences, reward model, PPO and DPO; report in runs/quickstart
 # make test         the whole CPU test suite, after lint
+# make gpu          the tests that need a CUDA device (with SET=gpu)
 # TORCH_INDEX=URL   where pip finds CPU builds of torch, if the default index has none (see README)
 
 PYTHON ?= python3.11
@@ -9,18 +10,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN ?= recipes/quickstart.yaml
+SET ?= cpu
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test gpu lint bench clean
 
-setup: $(VENV)/.cpu
+setup: $(VENV)/.$(SET)
 
-$(VENV)/.cpu: cluster/requirements-cpu.txt pyproject.toml
+$(VENV)/.$(SET): cluster/requirements-$(SET).txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-deps $(INDEX) -r cluster/requirements-cpu.txt
+	$(PIP) install --quiet --no-deps $(INDEX) -r cluster/requirements-$(SET).txt
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.cpu cluster/requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.$(SET) cluster/requirements-dev.txt
 	$(PIP) install --quiet --no-deps -r cluster/requirements-dev.txt
 	touch $@
 
@@ -34,6 +36,9 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.run

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from actors.objects import Drawn
+from actors.objects import Asked, Drawn
 from actors.supervise import wait_for
 from rlhf.errors import TrainingError
 from rlhf.types import Prompt, Rollout, Sampling
@@ -186,12 +186,10 @@ class Dispatch:
                 self._call(replica, rows[start : start + most], sum(costs[start : start + most]))
 
     def _call(self, replica: int, rows: list[int], tokens: float) -> None:
-        # The engine needs no text and no metadata.
-        prompts = [Prompt(self.prompts[row].id, self.prompts[row].tokens, "") for row in rows]
-        seeds = [list(self.seeds[row]) for row in rows]
-        reference = self.replicas[replica].draw.remote(prompts, self.sampling, seeds)
+        asked = Asked.of([self.prompts[row] for row in rows], self.sampling, [self.seeds[row] for row in rows])
+        reference = self.replicas[replica].draw.remote(asked)
         number, self.calls = self.calls, self.calls + 1
-        call = Call(replica, rows, tokens, sum(map(len, seeds)), time.monotonic(), reference)
+        call = Call(replica, rows, tokens, sum(map(len, asked.seeds)), time.monotonic(), reference)
         self.flying[number] = call
 
         def end(future: Future[Drawn]) -> None:  # in one of Ray's threads

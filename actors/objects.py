@@ -6,14 +6,14 @@ import pickle
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 import ray
 from torch import Tensor
 
-from rlhf.types import Prompt, Rollout, Rows
+from rlhf.types import Prompt, Rollout, Rows, Sampling
 
 INLINE_BYTES = 64 * 1024
 """Below this a batch goes with each call: that is faster than a round through the object store, which takes about a
@@ -80,6 +80,36 @@ def _tensors(batch: Rows) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What one call asks a replica for: `len(seeds[i])` responses to prompt i, of which it needs no text.
+
+    tokens int32 of all prompts one after another; ids, lengths and seeds have one entry per prompt.
+    """
+
+    ids: list[str]
+    tokens: np.ndarray
+    lengths: np.ndarray
+    seeds: list[list[int]]
+    sampling: Sampling
+
+    @staticmethod
+    def of(prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Asked:
+        """Return the columns of prompts."""
+        return Asked(
+            [prompt.id for prompt in prompts],
+            np.fromiter(chain.from_iterable(prompt.tokens for prompt in prompts), np.int32),
+            np.array([len(prompt.tokens) for prompt in prompts], np.int32),
+            [list(row) for row in seeds],
+            sampling,
+        )
+
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts, without text and metadata."""
+        tokens, ends = self.tokens.tolist(), list(accumulate(self.lengths.tolist(), initial=0))
+        return [Prompt(name, tuple(tokens[ends[i] : ends[i + 1]]), "") for i, name in enumerate(self.ids)]
+
+
+@dataclass(frozen=True)
 class Drawn:
     """The responses of one call as columns, a few buffers instead of an object per token.
 
@@ -100,8 +130,8 @@ class Drawn:
         lengths = [len(rollout.tokens) for rollout in rollouts]
         total = sum(lengths)
         return Drawn(
-            np.fromiter((token for rollout in rollouts for token in rollout.tokens), np.int32, total),
-            np.fromiter((logprob for rollout in rollouts for logprob in rollout.logprobs), np.float32, total),
+            np.fromiter(chain.from_iterable(rollout.tokens for rollout in rollouts), np.int32, total),
+            np.fromiter(chain.from_iterable(rollout.logprobs for rollout in rollouts), np.float32, total),
             np.array(lengths, np.int32),
             [rollout.text for rollout in rollouts],
             np.array([rollout.finish_reason == "stop" for rollout in rollouts], np.bool_),

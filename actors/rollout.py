@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.dispatch import CALLS, Balance, Dispatch
-from actors.objects import Drawn
+from actors.objects import Asked, Drawn
 from actors.supervise import RayPending
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.gate import Gate
@@ -48,9 +48,9 @@ class RolloutActor:
         return self.engine.generate(prompts, sampling, seeds)
 
     @ray.method(concurrency_group="generate")
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Drawn:
-        """Do as `generate` does and return the responses as columns."""
-        return Drawn.of(self.engine.generate(prompts, sampling, seeds))
+    def draw(self, asked: Asked) -> Drawn:
+        """Do as `generate` does, with prompts and responses as columns."""
+        return Drawn.of(self.engine.generate(asked.prompts(), asked.sampling, asked.seeds))
 
     def load(self, folder: Path, version: int) -> WeightReceipt:
         """Serve the weights of a Hugging Face folder."""

@@ -140,9 +140,9 @@ def test_output_must_not_be_a_file(recipe):
 
 
 def test_what_does_not_fit_ends_with_4(recipe):
-    gpus = "roles.policy.gpus=1000"
+    many = ("--set", "roles.policy.ranks=1000", "--set", "roles.policy.gpus=1")
     for command in ("run", "plan"):
-        result = invoke(command, "recipe.yaml", "--set", gpus)
+        result = invoke(command, "recipe.yaml", *many)
         assert result.exit_code == 4
         assert result.stderr.startswith("error: the recipe wants 1000 gpus: policy 1000 (for sft); ")
     assert not (recipe.parent / "runs").exists()

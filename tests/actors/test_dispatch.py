@@ -17,7 +17,7 @@ import ray
 import torch
 
 from actors.dispatch import CALLS, Balance, Dispatch
-from actors.objects import Drawn, Pickled, Shipped, byte_count
+from actors.objects import Asked, Drawn, Pickled, Shipped, byte_count
 from actors.rollout import RayRollout
 from rlhf.engines.gate import Gate
 from rlhf.engines.vllm_batch import SharedBatch
@@ -66,7 +66,8 @@ class Threaded:
     def draw(self) -> Threaded:
         return self
 
-    def remote(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Reference:
+    def remote(self, asked: Asked) -> Reference:
+        prompts, seeds = asked.prompts(), asked.seeds
         with self.lock:
             self.prompts += [prompt.id for prompt in prompts]
             self.sizes.append(len(prompts))
@@ -171,7 +172,8 @@ class Actor:
         self.fault = fault
         self.calls = 0
 
-    def draw(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Drawn:
+    def draw(self, asked: Asked) -> Drawn:
+        prompts, seeds = asked.prompts(), asked.seeds
         assert all(prompt.text == "" and not prompt.metadata for prompt in prompts)
         self.calls += 1
         if self.fault and self.calls == 2:
@@ -207,7 +209,7 @@ def test_a_failed_replica_is_named(local_ray, fault, deadline_s, kind, told):
     actors = [ray.remote(Actor).options(num_cpus=0).remote(fault if row == 1 else "") for row in range(2)]
     warm_up = Dispatch(actors[:1], Balance(1, 4), PROMPTS[:1], SAMPLING, SEEDS[:1], DEADLINE_S, "rollout")
     warm_up.result()
-    ray.get([actor.draw.remote([], SAMPLING, []) for actor in actors], timeout=DEADLINE_S)
+    ray.get([actor.draw.remote(Asked.of([], SAMPLING, [])) for actor in actors], timeout=DEADLINE_S)
     started = time.monotonic()
     with pytest.raises(kind, match=told):
         dispatch(actors, deadline_s=deadline_s).result()

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.objects import Drawn, Pickled, byte_count
+from actors.objects import Asked, Drawn, Pickled, byte_count
 from rlhf.engines.shares import Part
 from rlhf.roles import WeightReceipt
-from rlhf.types import Metrics, Prompt, Rollout, Rows, Sampling
+from rlhf.types import Metrics, Prompt, Rollout, Rows
 
 MAX_SEQUENCES, MAX_TOKENS = 64, 2048
 MEAN_TOKENS, SPREAD = 1024, 0.5
@@ -141,10 +141,10 @@ class Replica:
     def draw(self) -> Replica:
         return self
 
-    def remote(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> Reference:
+    def remote(self, asked: Asked) -> Reference:
         with self.world.outside():
-            self.world.call((prompts, sampling, seeds))
-            lengths = response_lengths([seed for row in seeds for seed in row])
+            self.world.call((asked,))
+            lengths = response_lengths([seed for row in asked.seeds for seed in row])
             ends = [self._end(length) for length in lengths.tolist()]
             self.tokens += int(lengths.sum())
             drawn = Lengths(lengths, lengths, lengths, [], lengths, 0)

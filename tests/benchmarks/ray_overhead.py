@@ -31,6 +31,7 @@ from rich.table import Table
 from actors.dispatch import CALLS
 from actors.group import RankGroup
 from actors.learner import RayModel
+from actors.objects import Asked
 from actors.rollout import RayRollout, RolloutActor
 from actors.weights import publish
 from rlhf.engines.served import Transport
@@ -153,7 +154,7 @@ class Here:
             return lambda engine, version: Ready(WeightReceipt(version, "", 0, 0.0))
         if method == "generate":
             return lambda prompts, sampling, seeds: Ready(
-                list(self.role.draw(prompts, sampling, seeds).rollouts(prompts, seeds))
+                list(self.role.draw(Asked.of(prompts, sampling, seeds)).rollouts(prompts, seeds))
             )
         combine = {"logprobs": token_scores, "base_logprobs": token_scores, "scores": assemble, "values": assemble}
         if method in combine:
