@@ -4,7 +4,8 @@
 
 One step makes the calls of `rlhf.stages.online` for PPO, with its faces and payloads: generate, logprobs of policy and
 reference, scores, values, train policy and critic, publish. The roles answer at once; publishing makes every
-call of a weight transfer but moves four bytes. The same steps in one process show what is not Ray's. Growth is that of
+call of a weight transfer but moves four bytes. The same steps in one process show what is not Ray's, and the
+same calls with no arguments and no values what Ray takes at the least. Growth is that of
 the whole step with more rollout replicas, and with more ranks of the policy, at the same batch. Times are rough where
 the machine is shared; Ray's workers run at niceness 0 here, not at its default of 15.
 """
@@ -211,6 +212,37 @@ def step(roles: Roles, estimator: WithCritic, version: int) -> dict[str, float]:
     return laps | {"step": 1e3 * (marks[-1] - marks[0])}
 
 
+class Bare:
+    """Answers with nothing; `relay` asks another first, as publishing does."""
+
+    def answer(self) -> None:
+        pass
+
+    def relay(self, other: list[ActorHandle]) -> None:
+        ray.get(other[0].answer.remote())
+
+
+def bare(steps: int) -> dict[str, float]:
+    """Return the median milliseconds of the same calls with no arguments, no values and nothing of this project."""
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    policy, reward, critic, replica = (ray.remote(Bare).options(num_cpus=0).remote() for _ in range(4))
+    phases = {
+        "generate": lambda: [replica.answer.remote()],
+        "score": lambda: [actor.answer.remote() for actor in (policy, policy, reward, critic)],
+        "learn": lambda: [actor.answer.remote() for actor in (policy, critic)],
+        "publish": lambda: [policy.relay.remote([replica])],
+    }
+    laps: dict[str, list[float]] = {name: [] for name in phases}
+    for _ in range(WARM_UP + steps):
+        for name, calls in phases.items():
+            began = time.perf_counter()
+            ray.get(calls())
+            laps[name].append(1e3 * (time.perf_counter() - began))
+    ray.shutdown()
+    middle = {name: statistics.median(values[WARM_UP:]) for name, values in laps.items()}
+    return middle | {"step": statistics.median(map(sum, zip(*(v[WARM_UP:] for v in laps.values()), strict=True)))}
+
+
 def medians(roles: Roles, estimator: WithCritic, steps: int) -> dict[str, float]:
     """Return, after warm-up, the median milliseconds of each phase and of the step, and the step's 90th percentile."""
     laps = [step(roles, estimator, version) for version in range(WARM_UP + steps)][WARM_UP:]
@@ -245,11 +277,11 @@ def main() -> None:
     options = arguments.parse_args()
     torch.set_num_threads(1)
     here = medians(*in_process(), options.steps)
-    with_ray = measured(options.steps)
-    results: dict[str, Any] = {"with_ray_ms": with_ray, "without_ray_ms": here}
+    with_ray, floor = measured(options.steps), bare(options.steps)
+    results: dict[str, Any] = {"with_ray_ms": with_ray, "without_ray_ms": here, "bare_ray_ms": floor}
     results["ray_ms"] = {name: with_ray[name] - here[name] for name in (*PHASES, "step")}
     title = f"ms of a PPO step, B={SEQUENCES}, T={PROMPT_TOKENS + RESPONSE_TOKENS}"
-    show(title, {"with Ray": with_ray, "without": here, "Ray's": results["ray_ms"]})
+    show(title, {"with Ray": with_ray, "without": here, "Ray's": results["ray_ms"], "bare calls": floor})
     growth: dict[str, dict[str, dict[str, float]]] = {"replicas": {}, "ranks": {}}
     for kind, counts in (("replicas", options.replicas), ("ranks", options.ranks)):
         for count in counts:
