@@ -1,12 +1,13 @@
 """How near the plan's memory model is to what a process really takes, on the CPU.
 
-    python -m tests.benchmarks.memory_model [--only NAME ...] [--json out.json]
+    python -m tests.benchmarks.memory_model [--only NAME ...] [--runs 3] [--json out.json]
 
 Each case builds a random Llama, then trains or scores with it in a fresh process with the allocator of a role's
 process. Measured is the peak resident size after the model is there, less what was resident before it was built; a
 step of a tiny model has come first, so that the libraries are not counted. Loading itself, which maps files, is not in
-it. Other work on the machine does not matter, but the heap's holes fall a little differently each time: two runs differ
-by a few percent, and of `score-fp32` by a quarter, where one block of logits more or less is lost.
+it. Where the heap's holes fall is a matter of chance (of the addresses that the kernel draws): runs of one case differ,
+by some percent where it trains and by up to a half where it scores, as one more copy of the logits finds no hole or
+does. So each case runs several times, its median counts, and the table shows the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -220,28 +222,29 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def compare(name: str) -> dict[str, Any]:
-    """Predict a case here and measure it in a process of its own."""
+def compare(name: str, runs: int) -> dict[str, Any]:
+    """Predict a case here and measure it in processes of their own."""
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         build(case, Path(folder))
         predicted, parts = predict(case, Path(folder))
-        ended = subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.memory_model", "--measure", name, folder],
-            cwd=ROOT,
-            env=os.environ | learner_environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    measured = int(ended.stdout.split()[-1])
-    return {"predicted": predicted, "measured": measured, "ratio": predicted / measured, "parts": parts}
+        measured = sorted(_in_process(name, folder) for _ in range(runs))
+    middle = statistics.median(measured)
+    return {"predicted": predicted, "measured": measured, "ratio": predicted / middle, "parts": parts}
+
+
+def _in_process(name: str, folder: str) -> int:
+    command = [sys.executable, "-m", "tests.benchmarks.memory_model", "--measure", name, folder]
+    environment = os.environ | learner_environment()
+    ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return int(ended.stdout.split()[-1])
 
 
 def main() -> None:
     """Print the table, or in a child process one measurement."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
+    arguments.add_argument("--runs", type=int, default=3)
     arguments.add_argument("--json", type=Path)
     arguments.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = arguments.parse_args()
@@ -250,12 +253,13 @@ def main() -> None:
         name, folder = options.measure
         print(measure(CASES[name], Path(folder)))
         return
-    table = Table("case", "predicted MiB", "measured MiB", "ratio", title="memory of a learner's process")
+    table = Table("case", "predicted", "median", "lowest", "highest", "ratio", title="MiB of a learner's process")
     results = {}
     for name in options.only:
-        results[name] = found = compare(name)
-        mib = (f"{found[key] / 2**20:,.0f}" for key in ("predicted", "measured"))
-        table.add_row(name, *mib, f"{found['ratio']:.3f}")
+        results[name] = found = compare(name, options.runs)
+        runs = found["measured"]
+        sizes = (found["predicted"], statistics.median(runs), runs[0], runs[-1])
+        table.add_row(name, *(f"{size / 2**20:,.0f}" for size in sizes), f"{found['ratio']:.3f}")
     Console().print(table)
     worst = max(abs(found["ratio"] - 1) for found in results.values())
     print(f"furthest from measurement: {worst:.1%}")
