@@ -136,7 +136,7 @@ def test_a_wrong_recipe(folder, old, new, expected):
 
 
 def test_more_gpus_than_there_are(folder):
-    message = refusal(4, HEAD + PPO, "roles.policy.gpus=64", local=False)
+    message = refusal(4, HEAD + PPO, "roles.policy.ranks=64", "roles.policy.gpus=1", local=False)
     assert message.startswith("the recipe wants 64 gpus: policy 64 (for ppo); ")
     assert "Lower roles.*.gpus, share roles, or use a larger machine or cluster" in message
 
