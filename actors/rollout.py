@@ -110,7 +110,7 @@ class RolloutActor:
         return self.engine.update_weight_version(version, checksum)
 
     def sleep(self) -> None:
-        """Drop weights and KV cache from the GPU."""
+        """Move the weights out of the GPU and drop the KV cache."""
         self.engine.sleep()
 
     def wake(self, part: EnginePart) -> None:
@@ -238,7 +238,7 @@ class RayRollout:
         return RayPending(references, self._names("load"), self.deadline_s)
 
     def sleep(self) -> RayPending[None]:
-        """Drop weights and KV cache of every replica from the GPU."""
+        """Move the weights of every replica out of the GPU and drop its KV cache."""
         return RayPending([replica.sleep.remote() for replica in self.replicas], self._names("sleep"), self.deadline_s)
 
     def wake(self, part: EnginePart) -> RayPending[None]:

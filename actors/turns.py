@@ -1,7 +1,7 @@
 """Turns on devices that the rollout engine shares with models: one of them holds the memory at a time.
 
     generate            engine: weights and KV cache      models: in main memory
-    score, learn        engine: asleep, both dropped      models: on the device
+    score, learn        engine: weights in main memory    models: on the device
     publish             engine: weights                   models: on the device
 
 Nobody else needs to know: every call to an engine or a model that shares takes the turn that it needs. On the CPU

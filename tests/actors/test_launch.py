@@ -75,8 +75,11 @@ class Watched:
                 continue
 
     def pids(self, title: str) -> set[int]:
-        """Return the processes that were seen under a title, with or without the method that they ran."""
-        names = re.compile(rf"ray::{title}(\.\w+)?")
+        """Return the processes that were seen under a title, with or without their name and the method that they ran.
+
+        While an actor is built, which is mostly the import of libraries, its title begins with its name.
+        """
+        names = re.compile(rf"ray::(\S+:)?{title}(\.\w+)?")
         return {process.pid for process, titles in self.titles.items() if any(map(names.fullmatch, titles))}
 
     def left(self) -> set[str]:
@@ -230,7 +233,7 @@ def test_a_run_that_a_guard_stops_ends_all_the_same(tmp_path):
     assert re.match(r"error: stage ppo: engine and trainer logprobs differ by \S+ nats in the mean", run.stderr)
     assert len(run.stderr.splitlines()) <= 6
     assert "Traceback" not in run.stdout + run.stderr
-    assert run.pids("LearnerActor")
+    assert len(run.pids("LearnerActor")) == 3
     assert run.left() == set()
     assert not (tmp_path / "stages" / "ppo" / "done.json").exists()
 
