@@ -60,15 +60,16 @@ class Publisher:
         rank: int = 0,
         adapter: Adapted | None = None,
     ) -> WeightReceipt:
-        """Send the weights to every replica and return their common acknowledgement. Every rank of the policy calls this.
+        """Send the weights to every replica and return their common acknowledgement; every rank calls this.
 
-        `weights()` starts a pass over (checkpoint name, tensor), adapters merged; a tensor need only be valid until the
-        next one is asked for. Replicas that serve adapters get those of `adapter` instead. All ranks make the same pass;
-        rank 0 sends and has the receipt, the others' is empty but for its version.
+        `weights()` starts a pass over (checkpoint name, tensor), adapters merged; a tensor need only be valid until
+        the next one is asked for. Replicas that serve adapters get those of `adapter` instead. All ranks make the same
+        pass; rank 0 sends and has the receipt, the others' is empty but for its version.
 
         Raises:
-            TrainingError: a replica failed, did not answer in time, or received something else than was sent. It refuses
-                to generate until a later publication succeeds; the other replicas refuse too, or serve the new version.
+            TrainingError: a replica failed, did not answer in time, or received something else than was sent. It
+                refuses to generate until a later publication succeeds; the other replicas refuse too, or serve the new
+                version.
             RecipeError: the replicas wait for weights from a GPU and the policy has none.
         """
         started = time.perf_counter()
