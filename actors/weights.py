@@ -51,6 +51,10 @@ class Publisher:
         self.outbox: Outbox | None = None
         self.sender: GpuSender | None = None
 
+    def __reduce__(self) -> tuple[type[Publisher], tuple[()]]:
+        """In another process it begins anew: memory and connection belong to this one."""
+        return Publisher, ()
+
     def publish(
         self,
         weights: Callable[[], Weights],

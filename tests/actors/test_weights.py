@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from rollout_oracle import differences, is_greedy, open_model, perturb, save, sharpen
 from transformers import PreTrainedModel
 
@@ -105,6 +107,15 @@ def test_prompts_are_dealt_out_and_come_back_in_order(replicas, model):
         ("5", 1), ("5", 2), ("5", 3), ("150", 4), ("9", 5), ("9", 6),
     ]  # fmt: skip
     assert differences(model, rollouts).max() < 5e-5
+
+
+def test_a_publisher_begins_anew_in_another_process():
+    publisher = Publisher()
+    publisher.replicas, publisher.outbox = [object()], Outbox()
+    again = pickle.loads(cloudpickle.dumps(publisher.publish)).__self__
+    publisher.forget()
+    assert again is not publisher
+    assert (again.replicas, again.outbox) == ([], None)
 
 
 class StrangeReplica:
