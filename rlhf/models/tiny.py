@@ -22,30 +22,40 @@ CHATML = (
 )
 
 
-def build_tiny(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama of about 91k float32 weights with its tokenizer to `folder` and return it.
+def build_tiny(
+    folder: Path,
+    seed: int = 0,
+    *,
+    hidden: int = 64,
+    intermediate: int = 128,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random Llama, by default of about 91k weights, with its tokenizer to `folder` and return it.
 
-    Hidden size 64, 2 layers, 2 heads of 32 (the smallest that vLLM runs on CPU), 1 key-value head, tied
-    embeddings, at most 512 positions. The same seed gives the same weights.
+    Heads are `hidden // heads` wide; 32 is the least that vLLM runs on CPU. `tied`: the output layer is the
+    embedding. At most 512 positions. The same arguments give the same weights.
     """
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=PAD,
         bos_token_id=BEGIN,
         eos_token_id=TURN_END,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM._from_config(config, dtype=torch.float32)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

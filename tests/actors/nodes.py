@@ -1,4 +1,7 @@
-"""A Ray cluster of several nodes on this machine, started as a person starts one: each node has a loopback address."""
+"""A Ray cluster of several nodes on this machine, started as a person starts one, and a run for it.
+
+Each node has a loopback address of its own.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,30 @@ def until(true: Callable[[], object], limit_s: float, what: str) -> None:
     while not true():
         assert time.monotonic() < ends, f"{what}: not within {limit_s:.0f} s"
         time.sleep(0.3)
+
+
+def two_stages(roles: str) -> str:
+    """Return a recipe: SFT of the tiny model, then PPO that takes longer than any test; `roles` is YAML."""
+    return f"""\
+name: two
+model: {{path: "tiny://llama", dtype: float32}}
+lora: full
+roles: {roles}
+stages:
+  - name: sft
+    kind: sft
+    data: {{path: {ROOT}/recipes/data/smoke_sft.jsonl}}
+  - name: ppo
+    kind: ppo
+    policy: sft
+    reward: {{kind: function, path: "{ROOT}/recipes/rewards/smoke.py:gold"}}
+    prompts: {{path: {ROOT}/recipes/data/smoke_prompts.jsonl}}
+    steps: 5000
+    prompts_per_step: 8
+    minibatch_size: 8
+    max_prompt_tokens: 64
+    max_response_tokens: 12
+"""
 
 
 def holders(token: str) -> list[psutil.Process]:

@@ -11,33 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes import ROOT, Nodes, environment, holders, until
+from nodes import ROOT, Nodes, environment, holders, two_stages, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SMOKE = ROOT / "recipes" / "smoke"
 RUN_LIMIT_S = 240.0
 HEAD, MIDDLE, LAST = "127.0.0.2", "127.0.0.3", "127.0.0.4"
-TWO_STAGES = f"""\
-name: two
-model: {{path: "tiny://llama", dtype: float32}}
-lora: full
-roles: {{policy: {{cpus: 2}}, rollout: {{engine: transformers, cpus: 2}}}}
-stages:
-  - name: sft
-    kind: sft
-    data: {{path: {ROOT}/recipes/data/smoke_sft.jsonl}}
-  - name: ppo
-    kind: ppo
-    policy: sft
-    reward: {{kind: function, path: "{ROOT}/recipes/rewards/smoke.py:gold"}}
-    prompts: {{path: {ROOT}/recipes/data/smoke_prompts.jsonl}}
-    steps: 5000
-    prompts_per_step: 8
-    minibatch_size: 8
-    max_prompt_tokens: 64
-    max_response_tokens: 12
-"""
+ROLES = "{policy: {cpus: 2}, rollout: {engine: transformers, cpus: 2}}"
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +105,7 @@ def test_a_job_without_the_token_is_refused(cluster):
 def test_roles_spread_over_nodes_and_a_lost_node_ends_the_run_but_not_its_stages(cluster, tmp_path):
     """Runs last: it takes a node away."""
     recipe = tmp_path / "two.yaml"
-    recipe.write_text(TWO_STAGES)
+    recipe.write_text(two_stages(ROLES))
     common = ("run", recipe, "--output", tmp_path / "run", f"--set=ray.address={cluster.address}")
     run = rlhf(*common, token=cluster.token)
     metrics = tmp_path / "run" / "stages" / "ppo" / "metrics.jsonl"

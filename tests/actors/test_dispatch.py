@@ -1,85 +1,25 @@
-"""Prompts to replicas as these become free: balanced, bounded, in order, and failures named."""
+"""Prompts to replicas as these become free: balanced, bounded, in order, failures named; and calls in one engine."""
 
 from __future__ import annotations
 
-import gc
-import os
-import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
-import torch
+from replicas_made import PROMPTS, SAMPLING, SEEDS, Actor, Threaded, expected
 
-from actors.dispatch import CALLS, Balance, Dispatch
-from actors.objects import Asked, Drawn, Pickled, Shipped, byte_count
+from actors.dispatch import Balance, Dispatch
+from actors.objects import Asked
 from actors.rollout import RayRollout
 from rlhf.engines.gate import Gate
 from rlhf.engines.vllm_batch import SharedBatch
 from rlhf.errors import GuardError, TrainingError
-from rlhf.types import Experience, Prompt, Rollout, Sampling, TokenBatch, TokenScores
+from rlhf.types import Sampling
 
 DEADLINE_S = 60.0
-PROMPTS = [Prompt(f"p{row}", (1, 2) + (3,) * (row % 5), f"text {row}", {"row": row}) for row in range(40)]
-SEEDS = [[10 * row, 10 * row + 1] for row in range(40)]
-SAMPLING = Sampling(16)
-
-
-def answer(prompt: Prompt, seed: int) -> Rollout:
-    """What a replica draws: known from prompt and seed, of 1 to 4 tokens."""
-    length = 1 + (seed * 7 + len(prompt.tokens)) % 4
-    tokens = tuple(range(seed, seed + length))
-    return Rollout(prompt, tokens, (-0.5,) * length, f"{prompt.id}/{seed}", "stop" if seed % 3 else "length", 4, seed)
-
-
-def expected() -> list[Rollout]:
-    return [answer(prompt, seed) for prompt, row in zip(PROMPTS, SEEDS, strict=True) for seed in row]
-
-
-class Reference:
-    """Stands for an ObjectRef."""
-
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
-
-    def future(self) -> Future[Any]:
-        return self._future
-
-
-class Threaded:
-    """A replica in threads of this process; `wait(prompt)` is how long one prompt takes."""
-
-    def __init__(self, wait: Callable[[Prompt], float]) -> None:
-        self.wait = wait
-        self.pool = ThreadPoolExecutor(CALLS)
-        self.lock = threading.Lock()
-        self.prompts: list[str] = []
-        self.sizes: list[int] = []
-        self.outstanding = self.most = 0
-
-    @property
-    def draw(self) -> Threaded:
-        return self
-
-    def remote(self, asked: Asked) -> Reference:
-        prompts, seeds = asked.prompts(), asked.seeds
-        with self.lock:
-            self.prompts += [prompt.id for prompt in prompts]
-            self.sizes.append(len(prompts))
-            self.outstanding += sum(map(len, seeds))
-            self.most = max(self.most, self.outstanding)
-        return Reference(self.pool.submit(self._draw, prompts, seeds))
-
-    def _draw(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> Drawn:
-        time.sleep(sum(map(self.wait, prompts)))
-        with self.lock:
-            self.outstanding -= sum(map(len, seeds))
-        return Drawn.of([answer(p, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row])
 
 
 def dispatch(replicas: list[Any], max_sequences: int = 4, deadline_s: float = DEADLINE_S) -> Dispatch:
@@ -165,26 +105,6 @@ def test_no_prompts_no_rollouts():
     assert Dispatch([Threaded(lambda _: 0)], Balance(1, 4), [], SAMPLING, [], DEADLINE_S, "rollout").result() == []
 
 
-class Actor:
-    """A replica in a process of its own that fails where it is told to."""
-
-    def __init__(self, fault: str = "") -> None:
-        self.fault = fault
-        self.calls = 0
-
-    def draw(self, asked: Asked) -> Drawn:
-        prompts, seeds = asked.prompts(), asked.seeds
-        assert all(prompt.text == "" and not prompt.metadata for prompt in prompts)
-        self.calls += 1
-        if self.fault and self.calls == 2:
-            if self.fault == "raises":
-                raise GuardError("the weights are gone")
-            if self.fault == "dies":
-                os._exit(1)
-            time.sleep(60)
-        return Drawn.of([answer(p, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row])
-
-
 @pytest.mark.ray
 def test_replicas_in_processes_draw_what_one_process_would(local_ray):
     actors = [ray.remote(Actor).options(num_cpus=0).remote() for _ in range(2)]
@@ -216,62 +136,6 @@ def test_a_failed_replica_is_named(local_ray, fault, deadline_s, kind, told):
     assert time.monotonic() - started < 30
     for actor in actors:
         ray.kill(actor)
-
-
-def test_drawn_responses_come_back_as_they_were():
-    rollouts = expected()[:4]
-    drawn = pickle.loads(pickle.dumps(Drawn.of(rollouts)))
-    assert list(drawn.rollouts(PROMPTS[:2], SEEDS[:2])) == rollouts
-    assert list(Drawn.of([]).rollouts([], [])) == []
-
-
-def token_batch(rows: int = 3, width: int = 5) -> TokenBatch:
-    mask = torch.arange(width) < torch.arange(1, rows + 1)[:, None]
-    return TokenBatch(torch.arange(rows * width).reshape(rows, width), mask, ~mask, torch.randn(rows, width))
-
-
-def same(left: Any, right: Any) -> bool:
-    """Compare dataclasses of tensors, dtypes included."""
-    assert type(left) is type(right)
-    for name, value in vars(left).items():
-        other = getattr(right, name)
-        if isinstance(value, torch.Tensor):
-            assert (value.dtype, value.shape) == (other.dtype, other.shape)
-            assert torch.equal(value, other)
-        else:
-            assert same(value, other)
-    return True
-
-
-@pytest.mark.parametrize("out_of_band", [False, True])
-def test_batches_come_back_with_dtypes_and_masks(out_of_band):
-    batch = token_batch()
-    experience = Experience(batch, torch.randn(3), *(torch.randn(3, 5, requires_grad=True) for _ in range(4)))
-    half = TokenScores(torch.randn(3, 5).bfloat16(), torch.randn(3, 5).T.contiguous().T)
-    for value in (batch, experience, half, batch.select([])):
-        buffers: list[pickle.PickleBuffer] | None = [] if out_of_band else None
-        data = pickle.dumps(value, 5, buffer_callback=buffers.append if buffers is not None else None)
-        again = pickle.loads(data, buffers=buffers)
-        assert same(value, again)
-    tensors = len(pickle.dumps(batch, 5, buffer_callback=lambda _: None))
-    assert tensors < 600  # the contents are not in the stream
-
-
-@pytest.mark.ray
-def test_a_large_batch_is_put_once_and_a_small_one_travels_with_the_call(local_ray):
-    shipped = Shipped(inline_bytes=1000)
-    small, large = token_batch(), token_batch(20, 30)
-    assert byte_count(small) == 3 * 5 * (8 + 1 + 1 + 4)
-    assert isinstance(shipped(small), Pickled)
-    assert shipped(small) is shipped(small)
-    assert same(pickle.loads(pickle.dumps(shipped(small))), small)
-    reference = shipped(large)
-    assert shipped(large) is reference
-    assert shipped(token_batch(20, 30)) != reference
-    assert same(ray.get(reference, timeout=DEADLINE_S), large)
-    del small, large
-    gc.collect()
-    assert not shipped.parcels
 
 
 class Engine:
@@ -377,13 +241,3 @@ def test_an_update_waits_for_those_inside_and_nobody_enters_after_it():
     gate.drain()
     assert left.is_set()
     thread.join()
-
-
-def test_read_only_buffers_become_tensors_without_a_copy():
-    batch = token_batch()
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps(batch, 5, buffer_callback=buffers.append)
-    shared = [bytes(buffer.raw()) for buffer in buffers]
-    again = pickle.loads(data, buffers=shared)
-    assert same(batch, again)
-    assert again.tokens.data_ptr() == np.frombuffer(shared[0], np.int64).ctypes.data

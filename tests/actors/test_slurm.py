@@ -11,29 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from nodes import ROOT, environment, until
+from nodes import ROOT, environment, two_stages, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-RECIPE = f"""\
-name: batch
-model: {{path: "tiny://llama", dtype: float32}}
-lora: full
-roles: {{rollout: {{engine: transformers}}}}
-stages:
-  - name: sft
-    kind: sft
-    data: {{path: {ROOT}/recipes/data/smoke_sft.jsonl}}
-  - name: ppo
-    kind: ppo
-    policy: sft
-    reward: {{kind: function, path: "{ROOT}/recipes/rewards/smoke.py:gold"}}
-    prompts: {{path: {ROOT}/recipes/data/smoke_prompts.jsonl}}
-    steps: 5000
-    minibatch_size: 8
-    max_prompt_tokens: 64
-    max_response_tokens: 12
-"""
 SRUN = """\
 #!/usr/bin/env bash
 # Runs the command here as the node that the options choose.
@@ -86,10 +67,10 @@ class Batch:
 
 def test_a_batch_job_ends_cleanly_when_told_to_and_goes_on_when_requeued(tmp_path, tmp_path_factory):
     folder, scratch = tmp_path, Path(tmp_path_factory.mktemp("s"))
-    (folder / "batch.yaml").write_text(RECIPE)
+    (folder / "batch.yaml").write_text(two_stages("{rollout: {engine: transformers}}"))
     batch = Batch(folder, scratch)
     job = batch.start()
-    step = folder / "runs" / "batch" / "stages" / "ppo" / "metrics.jsonl"
+    step = folder / "runs" / "two" / "stages" / "ppo" / "metrics.jsonl"
     until(lambda: (step.exists() and step.read_text()) or job.poll() is not None, 300, "a step of ppo")
     assert job.poll() is None, batch.printed.read_text()
     tokens = {

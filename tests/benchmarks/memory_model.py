@@ -13,7 +13,6 @@ does. So each case runs several times, its median counts, and the table shows th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from rlhf.recipe.base import Lora, Optimizer
 from rlhf.recipe.memory import Cut, learner_memory
 from rlhf.recipe.model_shape import Model, read_shape
 from rlhf.types import PreferenceBatch, TokenBatch
+from tests.benchmarks._figures import command_line, give
 
 ROOT = Path(__file__).parents[2]
 DType = Literal["bfloat16", "float32"]
@@ -241,11 +241,10 @@ def _in_process(name: str, folder: str) -> int:
 
 
 def main() -> None:
-    """Print the table, or in a child process one measurement."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Print the table, and JSON to a file or the console; in a child process, one measurement."""
+    arguments = command_line(__doc__)
     arguments.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES), metavar="NAME")
     arguments.add_argument("--runs", type=int, default=3)
-    arguments.add_argument("--json", type=Path)
     arguments.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     quiet()
@@ -263,8 +262,7 @@ def main() -> None:
     Console().print(table)
     worst = max(abs(found["ratio"] - 1) for found in results.values())
     print(f"furthest from measurement: {worst:.1%}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2))
+    give(results, options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ is at most 1.1 times the longer of the two.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -34,6 +33,7 @@ from overlap_made import training_of
 from rlhf.stages.online import in_turn
 from rlhf.stages.online_step import Training
 from rlhf.stages.overlap import PROBE_TOKENS, overlapped
+from tests.benchmarks._figures import command_line, give
 
 WORK_MS = ((100, 400), (200, 400), (300, 400), (400, 400), (400, 300), (400, 200), (400, 100))
 RESPONSE_TOKENS = 256
@@ -59,9 +59,8 @@ def step_ms(loop: Callable[[Training], object], staleness: int, generate: float,
 
 def main() -> None:
     """Measure each pair of durations and print a table, and JSON to a file or the console."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = command_line(__doc__)
     arguments.add_argument("--steps", type=int, default=10)
-    arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     cases = []
@@ -78,11 +77,7 @@ def main() -> None:
     worst = max(case["of_the_longer"] for case in cases)
     print(f"at most {worst:.3f} times the longer of generating and learning (aim: {AIM})")
     results = {"cases": cases, "worst": worst, "aim": AIM, "steps": options.steps, "cpus": os.cpu_count()}
-    text = json.dumps(results, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    give(results, options.json)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ the machine is shared; Ray's workers run at niceness 0 here, not at its default 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -45,6 +43,7 @@ from rlhf.stages.estimators import WithCritic
 from rlhf.stages.experience import check_rollouts, collect, measure
 from rlhf.stages.policy_gradient import objective
 from rlhf.types import Experience, Metrics, Prompt, Rollout, Rows, Sampling, TokenBatch
+from tests.benchmarks._figures import command_line, give
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -269,11 +268,10 @@ def show(title: str, columns: dict[str, dict[str, float]]) -> None:
 
 def main() -> None:
     """Measure all and print tables, and JSON to a file or the console."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = command_line(__doc__)
     arguments.add_argument("--steps", type=int, default=50)
     arguments.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     arguments.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
-    arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     here = medians(*in_process(), options.steps)
@@ -289,11 +287,7 @@ def main() -> None:
             growth[kind][str(count)] = {name: laps[name] - here[name] for name in (*PHASES, "step")}
         if counts:
             show(f"Ray's ms by {kind}", growth[kind])
-    text = json.dumps(results | {"growth_ms": growth, "steps": options.steps, "cpus": os.cpu_count()}, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    give(results | {"growth_ms": growth, "steps": options.steps, "cpus": os.cpu_count()}, options.json)
 
 
 if __name__ == "__main__":

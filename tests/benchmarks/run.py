@@ -8,7 +8,6 @@ rough on a machine that others use too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -17,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks._figures import command_line, give
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -37,19 +38,14 @@ def figures(name: str) -> Any:
 
 def main() -> None:
     """Run them all, print or write the figures, and exit with 1 when one of them failed."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = command_line(__doc__)
     arguments.add_argument("--only", nargs="+", default=benchmarks(), choices=benchmarks(), metavar="NAME")
-    arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     results: dict[str, Any] = {"machine": {"platform": platform.platform(), "cpus": os.cpu_count()}}
     for name in options.only:
         print(f"== {name}", flush=True)
         results[name] = figures(name)
-    text = json.dumps(results, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    give(results, options.json)
     failed = [name for name in options.only if results[name] is None]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

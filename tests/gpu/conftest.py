@@ -15,25 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 @pytest.fixture(scope="session")
 def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 220M parameters in bfloat16 with the byte tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from rlhf.models.tiny import build_tiny
 
-    from rlhf.models.tiny import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=14,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-    )
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gpu") / "llama"
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_tiny(
+        folder, hidden=1024, intermediate=4096, layers=14, heads=16, kv_heads=4, tied=False, dtype=torch.bfloat16
+    )
