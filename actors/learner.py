@@ -139,6 +139,14 @@ class RayModel:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         return self._pending("save", _first, folder)
 
+    def save_state(self, folder: Path) -> RayPending[None]:
+        """Let every rank write its share of what training goes on from."""
+        return self._pending("save_state", _first, folder)
+
+    def load_state(self, folder: Path) -> RayPending[None]:
+        """Go on from it."""
+        return self._pending("load_state", _first, folder)
+
     def offload(self) -> RayPending[None]:
         """Move weights and optimizer out of accelerator memory."""
         return self._pending("offload", _first)

@@ -63,6 +63,16 @@ class LocalModel:
         self.learner.save(folder)
         return Ready(None)
 
+    def save_state(self, folder: Path) -> Ready[None]:
+        """Write what training goes on from."""
+        self.learner.save_state(folder)
+        return Ready(None)
+
+    def load_state(self, folder: Path) -> Ready[None]:
+        """Go on from it."""
+        self.learner.load_state(folder)
+        return Ready(None)
+
     def offload(self) -> Ready[None]:
         """Move weights and optimizer out of accelerator memory."""
         self.learner.offload()

@@ -64,6 +64,14 @@ class Learner(Protocol):
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         ...
 
+    def save_state(self, folder: Path) -> Pending[None]:
+        """Write what training goes on from into a folder: weights in float32, moments, count of updates."""
+        ...
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        """Go on from what `save_state` wrote, bit for bit, or but for rounding where the ranks are others."""
+        ...
+
     def offload(self) -> Pending[None]:
         """Move weights, gradients and optimizer out of accelerator memory; nothing to do on CPU."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,17 @@ class TrainEngine(Protocol):
 
     def gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
         """Make a context in which the parameters are whole on every rank; changes are kept where `writable`."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of what training goes on from, whole, each good until the next; all ranks iterate.
+
+        Names and contents do not depend on the engine, its ranks or its stage.
+        """
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; all ranks call this with the whole of it."""
         ...
 
     def holdings(self) -> list[object]:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf.engines.adam_state import adam_state, restore_adam
 from rlhf.engines.base import B, Objective, T
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
 from rlhf.engines.ranks import position
@@ -56,14 +57,14 @@ class DeepSpeedEngine:
         self.zero_stage = zero_stage
         self.rank, self.ranks = position()
         self.deepspeed = _deepspeed()
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        size = sum(parameter.numel() for _, parameter in named)
+        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        size = sum(parameter.numel() for _, parameter in self.trained)
         config = zero_config(zero_stage, dtype, offload, self.max_grad_norm, size)
         self.whole = _Whole(module)
         with contextlib.redirect_stdout(io.StringIO()):
             if zero_stage == 3:
                 self._cut(config)
-            self.optimizer = build_adamw(named, optimizer, head_learning_rate) if optimizer else None
+            self.optimizer = build_adamw(self.trained, optimizer, head_learning_rate) if optimizer else None
             self.engine, *_ = self.deepspeed.initialize(
                 model=self.whole, optimizer=self.optimizer, config=config, dist_init_required=False
             )
@@ -94,6 +95,23 @@ class DeepSpeedEngine:
         self._release()
         gather = self.deepspeed.zero.GatheredParameters
         return gather(list(parameters), modifier_rank=0 if writable else None)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what training goes on from; all ranks iterate."""
+        if self.zero_stage == 0:
+            return adam_state(self.engine.optimizer, self.trained)
+        from rlhf.engines.zero_state import zero_state
+
+        return zero_state(self.engine.optimizer, self.trained)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; all ranks call this."""
+        if self.zero_stage == 0:
+            restore_adam(self.engine.optimizer, self.trained, state)
+            return
+        from rlhf.engines.zero_state import restore_zero
+
+        restore_zero(self.engine.optimizer, self.trained, state, self.gathered)
 
     def holdings(self) -> list[object]:
         """Return DeepSpeed's engine, whose buffers and partitions of gradients and optimizer hang on it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from rlhf.engines.offloading import Parked
 from rlhf.engines.ranks import exchanging, join_alone, position
 from rlhf.engines.scoring import response_values, score_share, sequence_scores, token_scores
 from rlhf.engines.shares import Part, filled, rank_shares
+from rlhf.engines.state_files import StateFiles, write_state
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
 from rlhf.models.loading import load_causal
@@ -32,6 +34,7 @@ from rlhf.models.recompute import recompute_activations
 from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.seeding import derive
 from rlhf.types import Metrics, Rows, TokenBatch
 
 T = TypeVar("T")
@@ -66,6 +69,7 @@ class ModelLearner:
             recompute_activations(model)
         self.model = model.eval()
         self.parked: Parked | None = None
+        self.updates = 0
         with exchanging(f"{spec.role}.build"):
             self.engine = self._engine()
 
@@ -73,13 +77,14 @@ class ModelLearner:
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
     ) -> Metrics:
         """Make one optimizer step per minibatch, each a list of rows of `batch`; the metrics are of all ranks."""
-        if self.engine is None or not self.spec.optimizer:
-            raise RuntimeError(f"{self.spec.role} is frozen")
+        engine = self._training()
         batch = batch.to(self.device)
         metrics = Metrics()
         with exchanging(f"{self.spec.role}.train"):
             for rows in minibatches:
-                metrics = metrics.merge(self.engine.step(batch.select(rows), objective, lr_scale))
+                torch.manual_seed(derive(self.spec.seed, "update", self.updates, self.rank))  # dropout
+                metrics = metrics.merge(engine.step(batch.select(rows), objective, lr_scale))
+                self.updates += 1
         self.model.eval()
         return metrics
 
@@ -154,6 +159,24 @@ class ModelLearner:
         with exchanging(f"{self.spec.role}.save"):
             save_merged(self.model, tokenizer, folder, self.spec.dtype, self._gathered, write=self.rank == 0)
 
+    def save_state(self, folder: Path) -> None:
+        """Write this rank's share of what training goes on from, in files named by the role, into a folder.
+
+        Raises:
+            ResourceError: the folder has no room.
+        """
+        engine = self._training()
+        with exchanging(f"{self.spec.role}.save_state"):
+            counts = [("updates", torch.tensor(self.updates))]
+            write_state(chain(counts, engine.state()), folder, self.spec.role, self.rank, self.spec.ranks)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote, also when it was with other ranks or another ZeRO stage."""
+        state = StateFiles(folder, self.spec.role)
+        with exchanging(f"{self.spec.role}.load_state"):
+            self._training().restore(state)
+        self.updates = int(state["updates"])
+
     def close(self) -> None:
         """Free the engine; the model is of no use afterwards."""
         self.parked = None
@@ -194,6 +217,11 @@ class ModelLearner:
 
     def _gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
         return self.engine.gathered(parameters, writable) if self.engine else leave_whole(parameters)
+
+    def _training(self) -> TrainEngine:
+        if self.engine is None or not self.spec.optimizer:
+            raise RuntimeError(f"{self.spec.role} is frozen")
+        return self.engine
 
     def _adapted(self) -> PeftModel:
         if not isinstance(self.model, PeftModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.engines.adam_state import adam_state, restore_adam
 from rlhf.engines.base import B, Objective, T
 from rlhf.engines.microbatch import micro_batches
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
@@ -32,8 +33,8 @@ class TorchEngine:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.masters = [p.detach().clone().float().requires_grad_() for p in self.parameters]
-        trained = [(name, master) for (name, _), master in zip(named, self.masters, strict=True)]
-        self.optimizer = build_adamw(trained, optimizer, head_learning_rate)
+        self.trained = [(name, master) for (name, _), master in zip(named, self.masters, strict=True)]
+        self.optimizer = build_adamw(self.trained, optimizer, head_learning_rate)
 
     def step(self, batch: B, objective: Objective[B], lr_scale: float) -> Metrics:
         """Make one optimizer step on the mean loss over `batch`; a non-finite gradient skips it."""
@@ -52,6 +53,15 @@ class TorchEngine:
     def gathered(self, parameters: Sequence[Tensor], writable: bool = False) -> AbstractContextManager[None]:
         """Do nothing: parameters are always whole here."""
         return nullcontext()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what training goes on from."""
+        return adam_state(self.optimizer, self.trained)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        restore_adam(self.optimizer, self.trained, state)
+        self._spread()
 
     def holdings(self) -> list[object]:
         """Return the masters and the optimizer."""
@@ -83,6 +93,10 @@ class TorchEngine:
     def _apply(self, lr_scale: float) -> None:
         scale_learning_rates(self.optimizer, lr_scale)
         self.optimizer.step()
+        self._spread()
+
+    @torch.no_grad()
+    def _spread(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.copy_(master)
 

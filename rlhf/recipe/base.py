@@ -64,6 +64,7 @@ class FunctionJudge(Strict):
 
     kind: Literal["function"]
     path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$", description="file.py:function, relative to the recipe")
+    timeout_s: Positive = Field(60.0, description="of one response; the function runs in a process of its own")
 
 
 class ModelJudge(Strict):
@@ -82,6 +83,10 @@ class HttpJudge(Strict):
     batch_size: PositiveInt = 64
     timeout_s: Positive = Field(30.0, description="of one request")
     deadline_s: Positive = Field(300.0, description="of all attempts for one batch of scores")
+    on_error: Literal["fail", "skip_group"] = Field(
+        "fail", description="what a batch without scores does: end the run, or leave out the prompts it touches"
+    )
+    max_skipped: Fraction = Field(0.1, description="with skip_group: the share of a step's prompts that may be missing")
 
 
 class LlmJudge(Strict):

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.source import Node
 from rlhf.recipe.stage_base import NAME
+from rlhf.recipe.stage_schema import Stage
 
 Loc = tuple[str | int, ...]
 Finding = tuple[Loc, str]
@@ -46,12 +47,13 @@ class Problem:
 
 def render(problems: Iterable[Problem], root: Node) -> str:
     """Return one line per problem in the order of the file, at most six."""
-    found = []
+    found: dict[tuple[str, int, int, str], str] = {}
     for problem in problems:
         node, exists = root.nearest(problem.loc)
         mark = node.mark if exists and problem.about == "value" else node.key
-        found.append((str(mark.file), mark.line, mark.column, mark.at(dotted(problem.loc, root)) + problem.text))
-    lines = [re.sub(r"[\x00-\x1f\x7f]+", " ", line) for *_, line in sorted(found)]
+        place = (str(mark.file), mark.line, mark.column, problem.text if mark.file else dotted(problem.loc, root))
+        found.setdefault(place, mark.at(dotted(problem.loc, root)) + problem.text)  # aliases repeat what they name
+    lines = [re.sub(r"[\x00-\x1f\x7f]+", " ", found[place]) for place in sorted(found)]
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], f"and {len(lines) - MAX_LINES + 1} more"]
     return "\n".join(lines)
@@ -92,10 +94,10 @@ def explain(errors: Sequence[ErrorDetails]) -> list[Problem]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A pydantic location without union tags; `owner` and `field` declare its last step."""
+    """A pydantic location without union tags; `keys` could stand at its last step, which `field` declares."""
 
     loc: Loc
-    owner: Any
+    keys: tuple[str, ...]
     field: FieldInfo | None
     in_union: bool
 
@@ -103,18 +105,21 @@ class _Place:
 def _place(loc: Loc) -> _Place:
     clean: list[str | int] = []
     options: list[Any] = [Recipe]
-    owner: Any = None
+    keys: tuple[str, ...] = ()
+    others: tuple[str, ...] = ("extends",)
     field: FieldInfo | None = None
     tagged = False
     for step in loc:
         tagged = len(options) > 1
         if tagged:
+            others = _tags(options)
             options = [next((option for option in options if step in _labels(option)), object)]
         else:
             owner = _bare(options[0])
+            keys, others = (*getattr(owner, "model_fields", ()), *others), ()
             field, options = _descend(owner, step)
             clean.append(step)
-    return _Place(tuple(clean), owner, field, tagged)
+    return _Place(tuple(clean), keys, field, tagged)
 
 
 def _descend(kind: Any, step: str | int) -> tuple[FieldInfo | None, list[Any]]:
@@ -136,10 +141,15 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _tags(options: Iterable[Any]) -> tuple[str, ...]:
+    """Return the keys of which one says what member of a union is meant, where it is not `kind` that does."""
+    return tuple(item.tag for option in options for item in get_args(option)[1:] if isinstance(item, Tag))
+
+
 def _labels(option: Any) -> set[str]:
     """Return the names by which pydantic may call a member of a union in a location."""
     bare = _bare(option)
-    labels = {item.tag for item in get_args(option)[1:] if isinstance(item, Tag)}
+    labels = set(_tags([option]))
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         kind = bare.model_fields.get("kind")
         return labels | {bare.__name__} | (set(get_args(kind.annotation)) if kind else set())
@@ -151,10 +161,12 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
     loc, context = place.loc, error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return Problem(loc, "unknown key" + near(str(loc[-1]), place.owner.model_fields), "key")
+            return Problem(loc, "unknown key" + near(str(loc[-1]), place.keys), "key")
         case "missing":
             return Problem(loc, "required but missing", "absence")
         case "union_tag_not_found":
+            if misspelt := difflib.get_close_matches("kind", _unknown(error["input"], place.field), n=1):
+                return Problem((*loc, misspelt[0]), "unknown key (did you mean kind?)", "key")
             return Problem((*loc, "kind"), "required but missing", "absence")
         case "union_tag_invalid" if context["discriminator"] == "'kind'":
             choices = context["expected_tags"]
@@ -165,6 +177,13 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
     wanted = " or ".join(_expected(error, place.field) for place, error in group)
     hint = near(error["input"], re.findall(r"'(.*?)'", wanted)) if isinstance(error["input"], str) else ""
     return Problem(loc, f"must be {wanted}, got {_shown(error['input'])}{hint}")
+
+
+def _unknown(section: object, field: FieldInfo | None) -> list[str]:
+    """Return the keys of a section without a kind that are of no kind."""
+    kinds = _members(field.annotation) if field else _members(Stage)
+    known = {name for kind in kinds for name in _bare(kind).model_fields}
+    return [key for key in section if key not in known] if isinstance(section, dict) else []
 
 
 def _expected(error: ErrorDetails, field: FieldInfo | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf.recipe.base import Budget, Lora, Strict
 from rlhf.recipe.role_schema import Roles
@@ -42,6 +42,23 @@ class Ray(Strict):
     call_timeout_s: NonNegativeFloat = Field(1800, description="deadline of any single call to a role")
 
 
+class Best(Strict):
+    """Which of a stage's steps was best."""
+
+    metric: str = Field(description="a column of metrics.jsonl, such as reward or loss")
+    mode: Literal["max", "min"] = "max"
+
+
+class Recovery(Strict):
+    """What is kept of an unfinished stage, so that an interrupted or failed run goes on where it was."""
+
+    every_minutes: NonNegativeFloat = Field(10, description="save the state of all roles that often; 0 is every step")
+    every_steps: PositiveInt | None = Field(None, description="save after so many steps instead")
+    keep_last: PositiveInt = Field(2, description="so many states stay on disk")
+    keep_best: Best | None = Field(None, description="one more stays: the best step so far")
+    restarts: NonNegativeInt = Field(3, description="so often may the processes of each role be replaced in a run")
+
+
 class Recipe(Strict):
     """One alignment run."""
 
@@ -53,6 +70,7 @@ class Recipe(Strict):
     ray: Ray = Ray()
     roles: Roles = Roles()
     tracking: Tracking = Tracking()
+    recovery: Recovery = Recovery()
     checkpoints: dict[str, str] = Field(
         default_factory=dict, description="name -> folder or hub id: models from elsewhere that stages may refer to"
     )

@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import CollectionNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
@@ -19,6 +21,7 @@ from rlhf.errors import RecipeError
 MAX_BYTES = 1 << 20
 MAX_VALUES = 20_000
 MAX_DEPTH = 50
+PLAIN_ONLY = "only text, numbers, true, false and null are allowed; quote this value"
 
 Value: TypeAlias = "dict[str, Node] | list[Node] | str | int | float | bool | None"
 
@@ -106,14 +109,15 @@ def read_text(path: Path) -> str:
 def parse(text: str, file: Path | None) -> Node:
     """Parse YAML 1.2 text; RecipeError with the position for bad syntax, duplicate keys or too many values."""
     yaml = YAML(typ="rt", pure=True)
+    yaml.Composer = _PlainComposer
     try:
-        _check_depth(yaml, text, file)
         return _Converter(file).node(yaml.load(text), Mark(file), Mark(file), 0)
     except MarkedYAMLError as error:
         where = error.problem_mark or error.context_mark
         mark = Mark(file, where.line + 1, where.column + 1) if where else Mark(file)
         problem = str(error.problem or error.context).split(" with value")[0]
-        raise RecipeError(f"{_place(mark)}not valid YAML: {problem}") from None
+        said = problem if isinstance(error, _Refused) else f"not valid YAML: {problem}"
+        raise RecipeError(f"{_place(mark)}{said}") from None
     except ReaderError as error:
         before = text[: error.position]
         mark = Mark(file, before.count("\n") + 1, error.position - before.rfind("\n"))
@@ -126,13 +130,28 @@ def _place(mark: Mark) -> str:
     return mark.at("") if mark.file else ""
 
 
-def _check_depth(yaml: YAML, text: str, file: Path | None) -> None:
-    depth = 0
-    for event in yaml.parse(text):
-        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            mark = Mark(file, event.start_mark.line + 1, event.start_mark.column + 1)
-            raise RecipeError(f"{_place(mark)}nested deeper than {MAX_DEPTH} levels")
+class _Refused(MarkedYAMLError):
+    """YAML that is valid and that no recipe needs."""
+
+
+class _PlainComposer(Composer):
+    """Refuses, while the tree is built, what only costs memory or runs code: deep nesting, tags, rings of aliases."""
+
+    def __init__(self, loader: object = None) -> None:
+        super().__init__(loader)
+        self.warn_double_anchors = False
+
+    def compose_node(self, parent: object, index: object) -> object:
+        event = self.parser.peek_event()
+        if isinstance(event, AliasEvent):
+            anchored = self.anchors.get(event.anchor)
+            if isinstance(anchored, CollectionNode) and anchored.end_mark is None:
+                raise _Refused(None, None, f"*{event.anchor} stands inside of what it repeats", event.start_mark)
+        elif self.depth >= MAX_DEPTH:
+            raise _Refused(None, None, f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        elif event.ctag is not None:
+            raise _Refused(None, None, PLAIN_ONLY, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 class _Converter:
@@ -189,4 +208,4 @@ def _scalar(value: object, mark: Mark) -> str | int | float | bool | None:
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)
-    raise RecipeError(f"{_place(mark)}only text, numbers, true, false and null are allowed; quote this value")
+    raise RecipeError(f"{_place(mark)}{PLAIN_ONLY}")

@@ -1,0 +1,34 @@
+"""What one kind of fault did: a row of the table that `python -m tests.chaos` prints."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """`counts` are in words for people, such as `{"injected": 200, "lost": 0}`; `passed` says that the aim was met."""
+
+    name: str
+    aim: str
+    counts: dict[str, int]
+    passed: bool
+
+    def __str__(self) -> str:
+        """Return the row in one line."""
+        said = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        return f"{'ok' if self.passed else 'MISSED'}  {self.name}: {said} (aim: {self.aim})"
+
+
+def only(run: Callable[[int, random.Random], Row], count: int) -> None:
+    """Run one row from the command line: `--count` faults, in the order that `--seed` gives."""
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--count", type=int, default=count)
+    arguments.add_argument("--seed", type=int, default=17)
+    options = arguments.parse_args()
+    row = run(options.count, random.Random(options.seed))
+    print(row)
+    raise SystemExit(not row.passed)
