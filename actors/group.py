@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from actors.supervise import RayPending, wait_for, wait_for_all
+from actors.process import end
+from actors.restarts import Restarts
+from actors.supervise import RayPending, Retried, wait_for, wait_for_all
+from rlhf.engines.base import LearnerSpec
+from rlhf.errors import LostProcess
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -18,15 +23,41 @@ JOIN_S = 300.0
 
 
 class RankGroup:
-    """A role's processes, in the order of their ranks. Every call goes to all of them."""
+    """A role's processes, in the order of their ranks. Every call goes to all of them.
 
-    def __init__(self, role: str, ranks: Sequence[ActorHandle], deadline_s: float) -> None:
+    Where a process dies or hangs, all are replaced by what `start` starts, as often as `restarts` allows, and a frozen
+    model is built again. A model that is trained is lost with its process: it goes on from where it was saved.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        ranks: Sequence[ActorHandle],
+        deadline_s: float,
+        start: Callable[[], Sequence[ActorHandle]] | None = None,
+        restarts: Restarts | None = None,
+    ) -> None:
         self.role = role
         self.ranks = list(ranks)
         self.deadline_s = deadline_s
+        self.start = start
+        self.restarts = restarts or Restarts(role)
+        self.spec: LearnerSpec | None = None
+        self.building: list[ray.ObjectRef] = []
         self.before_call: Callable[[], None] = _nothing
+        self.lock = threading.RLock()
         if len(self.ranks) > 1:
             self._join()
+
+    def build(self, spec: LearnerSpec) -> None:
+        """Begin to build a model; a failure reaches the first call that waits, as an actor's calls keep their order."""
+        self.spec = spec
+        self.building = self.call("build", spec)
+
+    def drop(self) -> None:
+        """Free the model."""
+        self.spec, self.building = None, []
+        self.wait("drop")
 
     def call(self, method: str, *arguments: Any) -> list[ray.ObjectRef]:
         """Begin a call on every rank, after `before_call`."""
@@ -37,14 +68,37 @@ class RankGroup:
         """Begin a call on every rank, with nothing before it."""
         return [getattr(rank, method).remote(*arguments) for rank in self.ranks]
 
-    def pending(
-        self, before: Sequence[ray.ObjectRef], method: str, calls: Sequence[ray.ObjectRef], combine: Callable[[list], T]
-    ) -> RayPending[T]:
-        """Return what `combine` makes of the calls' values, one per rank; a failure of one of `before` is theirs."""
-        names = self.names(method)
-        return RayPending(
-            [*before, *calls], names[: len(before)] + names, self.deadline_s, _after(len(before), combine)
-        )
+    def ask(self, method: str, combine: Callable[[list], T], *arguments: Any) -> Retried[T]:
+        """Call every rank; the value is what `combine` makes of theirs."""
+        return Retried(self, lambda: self.pending(method, self.call(method, *arguments), combine))
+
+    def pending(self, method: str, calls: Sequence[ray.ObjectRef], combine: Callable[[list], T]) -> RayPending[T]:
+        """Return what `combine` makes of the calls' values, one per rank; a failed build is told as theirs."""
+        names, before = self.names(method), len(self.building)
+        return RayPending([*self.building, *calls], names[:before] + names, self.deadline_s, _after(before, combine))
+
+    def current(self) -> tuple[ActorHandle, ...]:
+        """Return the processes as they are now."""
+        return tuple(self.ranks)
+
+    def mend(self, asked: tuple[ActorHandle, ...], error: LostProcess) -> None:
+        """Replace all processes, unless that was done since they were asked, and build their frozen model again.
+
+        Raises:
+            LostProcess: the error, where their model is trained or none may be replaced.
+        """
+        with self.lock:
+            if asked != self.current():
+                return
+            if self.start is None or (self.spec is not None and self.spec.optimizer is not None):
+                raise error
+            self.restarts.spend(error)
+            end(self.ranks, elsewhere=True)
+            self.ranks = list(self.start())
+            if len(self.ranks) > 1:
+                self._join()
+            if self.spec is not None:
+                self.building = self.begin("build", self.spec)
 
     def names(self, method: str) -> list[str]:
         """Return what people are told of a call to each rank: `policy-1.train`, or `policy.train` where one is all."""
@@ -54,12 +108,11 @@ class RankGroup:
 
     def wait(self, method: str, *arguments: Any) -> list[Any]:
         """Call every rank, without `before_call`, and wait for all."""
-        return wait_for_all(self.begin(method, *arguments), self.names(method), self.deadline_s)
+        return Retried(self, lambda: self.pending(method, self.begin(method, *arguments), list)).result()
 
     def kill(self) -> None:
         """End the processes."""
-        for rank in self.ranks:
-            ray.kill(rank)
+        end(self.ranks)
 
     def _join(self) -> None:
         """Let the ranks meet at the first one's machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -9,11 +10,12 @@ import secrets
 import signal
 import socket
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._private.services import resolve_ip_for_localhost
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -21,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.group import RankGroup
 from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve
+from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
 from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
@@ -47,7 +50,8 @@ class RayLauncher:
         self.shape = ""
         self.judging: tuple[RolloutSpec, RayRollout] | None = None
         self.turns = Turns()
-        self.started = 0
+        self.numbers = itertools.count()
+        self.restarts: dict[RoleName, Restarts] = {}
         self.reserved: PlacementGroup | None = None
         self.bundles: tuple[Bundle, ...] = ()
 
@@ -71,8 +75,7 @@ class RayLauncher:
         """Start the engine's replicas; a later checkpoint of the same architecture is loaded into them."""
         shape = architecture_digest(spec.checkpoint)
         if self.engine is not None and shape != self.shape:
-            for replica in self.engine.replicas:
-                ray.kill(replica)
+            self.engine.kill()
             self.engine = None
         if self.engine is None:
             self.engine, self.shape = self._engine("rollout", spec), shape
@@ -83,8 +86,8 @@ class RayLauncher:
     def judge(self, spec: RolloutSpec) -> RayRollout:
         """Start the judge's replicas in their own processes; another model gets new ones in their place."""
         if self.judging is None or self.judging[0] != spec:
-            for replica in self.judging[1].replicas if self.judging else ():
-                ray.kill(replica)
+            if self.judging:
+                self.judging[1].kill()
             self.judging = spec, self._engine("judge", spec)
         return self.judging[1]
 
@@ -92,41 +95,62 @@ class RayLauncher:
         """Return the seconds spent so far on handing shared devices from the engine to models and back."""
         return self.turns.seconds
 
+    def recover(self) -> None:
+        """End all processes of models, and the engines where one is gone; the next stage starts new ones."""
+        for group in self.groups.values():
+            group.kill()
+        self.groups.clear()
+        self.turns.forget_models()
+        if self.engine is not None and not self.engine.alive():
+            self.engine.kill()
+            self.engine = self.turns.engine = None
+        if self.judging is not None and not self.judging[1].alive():
+            self.judging[1].kill()
+            self.judging = None
+
     def release(self) -> None:
         """Free the models; the processes and the engines stay for the next stage."""
         for group in self.groups.values():
-            group.wait("drop")
+            group.drop()
 
     def _engine(self, name: RoleName, spec: RolloutSpec) -> RayRollout:
         environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
+        processes = self._processes(name)
+
+        def start(index: int) -> Any:
+            return self._start(processes[index], Replica, environment, spec)
+
+        numbers, sequences, restarts = range(len(processes)), spec.role.max_sequences, self._restarts(name)
         if spec.role.share is None:
-            replicas = self._replicas(name, environment, spec)
-            return RayRollout(replicas, self.deadline_s, name, spec.role.max_sequences)
+            return RayRollout(list(map(start, numbers)), self.deadline_s, name, sequences, start, restarts)
         self.turns.begin()
-        replicas = self._replicas(name, environment, spec)
-        engine = SharingRollout(replicas, self.deadline_s, self.turns, spec.role.max_sequences)
+        replicas = list(map(start, numbers))
+        engine = SharingRollout(replicas, self.deadline_s, self.turns, sequences, start, restarts)
         engine.wait_until_ready()
         self.turns.began(engine)
         return engine
 
-    def _replicas(self, name: RoleName, environment: dict[str, str], spec: RolloutSpec) -> list[Any]:
-        return [self._start(process, Replica, environment, spec) for process in self._processes(name)]
+    def _restarts(self, role: RoleName) -> Restarts:
+        return self.restarts.setdefault(role, Restarts(role, self.recipe.recovery.restarts))
 
     def _model(self, spec: LearnerSpec) -> RayModel:
         group = self._group(spec.role)
-        # Errors of the build reach the first call that waits; actor calls keep their order.
-        return RayModel(group, group.call("build", spec))
+        group.build(spec)
+        return RayModel(group)
 
     def _group(self, role: RoleName) -> RankGroup:
         """Return a role's processes, started where they are not yet."""
         if role not in self.groups:
-            learner, environment = ray.remote(LearnerActor), learner_environment()
-            ranks = [self._start(process, learner, environment) for process in self._processes(role)]
-            self.groups[role] = RankGroup(role, ranks, self.deadline_s)
+            start = partial(self._ranks, role)
+            self.groups[role] = RankGroup(role, start(), self.deadline_s, start, self._restarts(role))
             devices = getattr(getattr(self.recipe.roles, role), "share", None) or role
             if devices == self.recipe.roles.rollout.share:
                 self.turns.join(self.groups[role])
         return self.groups[role]
+
+    def _ranks(self, role: RoleName) -> list[Any]:
+        learner, environment = ray.remote(LearnerActor), learner_environment()
+        return [self._start(process, learner, environment) for process in self._processes(role)]
 
     def _processes(self, role: RoleName) -> list[Process]:
         return [process for bundle in self.bundles for process in bundle.processes if process.role == role]
@@ -135,13 +159,12 @@ class RayLauncher:
         assert self.reserved is not None
         number = next(number for number, bundle in enumerate(self.bundles) if process in bundle.processes)
         remote = kind.options(
-            name=f"{self.recipe.name}-{os.getpid()}-{process.name}-{self.started}",
+            name=f"{self.recipe.name}-{os.getpid()}-{process.name}-{next(self.numbers)}",
             num_cpus=process.cpus,
             num_gpus=process.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.reserved, placement_group_bundle_index=number),
             runtime_env={"env_vars": environment | self._visible_devices(process)},
         )
-        self.started += 1
         log.info("starting %s", process.name)
         return remote.remote(*arguments)
 
@@ -176,8 +199,8 @@ class RayLauncher:
         for group in self.groups.values():
             group.kill()
         for engine in (self.engine, self.judging and self.judging[1]):
-            for replica in engine.replicas if engine else ():
-                ray.kill(replica)
+            if engine:
+                engine.kill()
         if self.reserved is not None:
             remove_placement_group(self.reserved)
         ray.shutdown()
@@ -185,6 +208,7 @@ class RayLauncher:
 
 def _connect(recipe: Recipe, bundles: Sequence[Bundle]) -> None:
     """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
+    auto_init_hook.enable_auto_connect = False  # a thread that still waits at the end must not start Ray again
     if recipe.ray.address:
         _join(recipe.ray.address)
         return

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Sequence
-from functools import reduce
+import threading
+from collections.abc import Sequence
+from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor
 from actors.group import RankGroup
 from actors.objects import Shipped, once
 from actors.rollout import RayRollout
-from actors.supervise import RayPending
+from actors.supervise import RayPending, Retried
 from actors.turns import SharingRollout
 from actors.weights import publish
 from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.errors import ResourceError
-from rlhf.roles import RolloutEngine, WeightReceipt
+from rlhf.roles import Pending, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, TokenBatch, TokenScores
 
 if TYPE_CHECKING:
@@ -101,72 +102,89 @@ class LearnerActor(ModelLearner):
 class RayModel:
     """A `Policy`, `Reference`, `Reward` or `Critic` in other processes."""
 
-    def __init__(self, group: RankGroup, building: Sequence[ray.ObjectRef]) -> None:
+    def __init__(self, group: RankGroup) -> None:
         self.group = group
-        self.building = building
+        self.published = 0
+        self.trained = False
+        self.lock = threading.Lock()
 
     def train(
         self, batch: B, objective: Objective[B], minibatches: Sequence[Sequence[int]], lr_scale: float
-    ) -> RayPending[Metrics]:
+    ) -> Pending[Metrics]:
         """Step once per minibatch at `lr_scale` times the base learning rates."""
-        return self._pending("train", _first, SHIPPED(batch), objective, once(minibatches), lr_scale)
+        with self.lock:
+            self.trained = True
+            return self.group.ask("train", _first, SHIPPED(batch), objective, once(minibatches), lr_scale)
 
-    def evaluate(self, batch: B, objective: Objective[B]) -> RayPending[Metrics]:
+    def evaluate(self, batch: B, objective: Objective[B]) -> Pending[Metrics]:
         """Return the objective's metrics with no gradient."""
-        return self._pending("evaluate", _merged, SHIPPED(batch), objective)
+        return self.group.ask("evaluate", _merged, SHIPPED(batch), objective)
 
-    def logprobs(self, batch: TokenBatch) -> RayPending[TokenScores]:
+    def logprobs(self, batch: TokenBatch) -> Pending[TokenScores]:
         """Score the response tokens, `[B, T]`."""
-        return self._pending("logprobs", token_scores, SHIPPED(batch))
+        return self.group.ask("logprobs", token_scores, SHIPPED(batch))
 
-    def base_logprobs(self, batch: TokenBatch) -> RayPending[TokenScores]:
+    def base_logprobs(self, batch: TokenBatch) -> Pending[TokenScores]:
         """Score the response tokens with the adapters off, `[B, T]`."""
-        return self._pending("base_logprobs", token_scores, SHIPPED(batch))
+        return self.group.ask("base_logprobs", token_scores, SHIPPED(batch))
 
-    def scores(self, batch: TokenBatch) -> RayPending[Tensor]:
+    def scores(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return the reward of each whole sequence, `[B]`."""
-        return self._pending("scores", assemble, SHIPPED(batch))
+        return self.group.ask("scores", assemble, SHIPPED(batch))
 
-    def values(self, batch: TokenBatch) -> RayPending[Tensor]:
+    def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return the value before each response token, `[B, T]`."""
-        return self._pending("values", assemble, SHIPPED(batch))
+        return self.group.ask("values", assemble, SHIPPED(batch))
 
-    def standardise(self, mean: float, std: float) -> RayPending[None]:
+    def standardise(self, mean: float, std: float) -> Pending[None]:
         """Fold (score - mean) / std into the head."""
-        return self._pending("standardise", _first, mean, std)
+        return self.group.ask("standardise", _first, mean, std)
 
-    def save(self, folder: Path) -> RayPending[None]:
+    def save(self, folder: Path) -> Pending[None]:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
-        return self._pending("save", _first, folder)
+        return self.group.ask("save", _first, folder)
 
-    def save_state(self, folder: Path) -> RayPending[None]:
+    def state_bytes(self) -> Pending[int]:
+        """Return the bytes that `save_state` writes."""
+        return self.group.ask("state_bytes", _first)
+
+    def save_state(self, folder: Path) -> Pending[None]:
         """Let every rank write its share of what training goes on from."""
-        return self._pending("save_state", _first, folder)
+        return self.group.ask("save_state", _first, folder)
 
-    def load_state(self, folder: Path) -> RayPending[None]:
+    def load_state(self, folder: Path) -> Pending[None]:
         """Go on from it."""
-        return self._pending("load_state", _first, folder)
+        return self.group.ask("load_state", _first, folder)
 
-    def offload(self) -> RayPending[None]:
+    def offload(self) -> Pending[None]:
         """Move weights and optimizer out of accelerator memory."""
-        return self._pending("offload", _first)
+        return self.group.ask("offload", _first)
 
-    def reload(self) -> RayPending[None]:
+    def reload(self) -> Pending[None]:
         """Move them back."""
-        return self._pending("reload", _first)
+        return self.group.ask("reload", _first)
 
-    def publish(self, engine: RolloutEngine, version: int) -> RayPending[WeightReceipt]:
-        """Send the merged weights to every replica of the engine."""
+    def publish(self, engine: RolloutEngine, version: int) -> Pending[WeightReceipt]:
+        """Send the merged weights to every replica of the engine, and later to those that replace one."""
         assert isinstance(engine, RayRollout)
+        with self.lock:
+            self.published, self.trained = version, False
+        engine.source = partial(self._send_present, engine)
+        return Retried(engine, lambda: self._send(engine, engine.handles(), version))
+
+    def _send_present(self, engine: RayRollout, replicas: list[ActorHandle]) -> RayPending[WeightReceipt]:
+        """Send what the model is now: what it published last, or the next version where it was trained since."""
+        with self.lock:
+            return self._send(engine, replicas, self.published + self.trained)
+
+    def _send(
+        self, engine: RayRollout, replicas: list[ActorHandle] | ray.ObjectRef, version: int
+    ) -> RayPending[WeightReceipt]:
         begin = self.group.call
         if isinstance(engine, SharingRollout):
             engine.turns.publish()
             begin = self.group.begin
-        calls = begin("publish", engine.handles(), version, self.group.deadline_s)
-        return self.group.pending(self.building, "publish", calls, _first)
-
-    def _pending(self, method: str, combine: Callable[[list], T], *arguments: Any) -> RayPending[T]:
-        return self.group.pending(self.building, method, self.group.call(method, *arguments), combine)
+        return self.group.pending("publish", begin("publish", replicas, version, self.group.deadline_s), _first)
 
 
 def _first(values: list[T]) -> T:

@@ -6,20 +6,24 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.dispatch import CALLS, Balance, Dispatch
+from actors.balance import Balance
+from actors.dispatch import CALLS, Dispatch
 from actors.objects import Asked, Drawn
-from actors.supervise import RayPending
+from actors.process import end
+from actors.repairs import Repairs, Start, answers
+from actors.restarts import Restarts
+from actors.supervise import RayPending, Retried
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.gate import Gate
 from rlhf.engines.served import ServedWeights, Transport
 from rlhf.engines.shared_memory import Bucket, Buffer, Inbox, folder_weights, send
-from rlhf.errors import TrainingError
+from rlhf.errors import LostProcess, TrainingError
 from rlhf.roles import EnginePart, Pending, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -201,16 +205,32 @@ FEW = 16
 """So many replicas' handles, of about 400 bytes each, go with a call."""
 
 
+Source = Callable[[list["ActorHandle"]], Pending[WeightReceipt]]
+"""Sends some replicas the weights that the engine is to serve."""
+
+
 class RayRollout:
-    """A `RolloutEngine` of one or more replicas, each generating `max_sequences` at once; `role` names them."""
+    """A `RolloutEngine` of one or more replicas, each generating `max_sequences` at once; `role` names them.
+
+    A replica that dies or hangs is replaced by what `start` starts, as often as `restarts` allows. The new one gets the
+    present weights from `source` before it serves: the folder last loaded, or the model that published last.
+    """
 
     def __init__(
-        self, replicas: list[ActorHandle], deadline_s: float, role: str = "rollout", max_sequences: int = 64
+        self,
+        replicas: list[ActorHandle],
+        deadline_s: float,
+        role: str = "rollout",
+        max_sequences: int = 64,
+        start: Start | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
         self.replicas = replicas
         self.deadline_s = deadline_s
         self.role = role
         self.balance = Balance(len(replicas), max_sequences)
+        self.repairs = Repairs(replicas, self.balance, restarts or Restarts(role), start, self._supply)
+        self.source: Source | None = None
         self.parcel: tuple[list[ActorHandle], ray.ObjectRef] | None = None
         self.calls: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
@@ -218,7 +238,9 @@ class RayRollout:
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> Pending[list[Rollout]]:
         """Send the prompts to the replicas as these have room; the result comes in the order of prompts and seeds."""
-        call = Dispatch(self.replicas, self.balance, prompts, sampling, seeds, self.deadline_s, self.role)
+        call = Dispatch(
+            self.replicas, self.balance, prompts, sampling, seeds, self.deadline_s, self.role, self.repairs.begin
+        )
         self.calls.add(call)
         return call
 
@@ -234,20 +256,52 @@ class RayRollout:
         """Serve the weights of a Hugging Face folder on every replica; the receipt is the last one's."""
         for call in self.calls:  # what a stage that ended early still generates
             call.stop()
-        references = [replica.load.remote(folder, version) for replica in self.replicas]
-        return RayPending(references, self._names("load"), self.deadline_s)
 
-    def sleep(self) -> RayPending[None]:
+        def load(replicas: list[ActorHandle]) -> RayPending[WeightReceipt]:
+            return self._pending("load", [replica.load.remote(folder, version) for replica in replicas])
+
+        self.source = load
+        return Retried(self, lambda: load(self.replicas))
+
+    def sleep(self) -> Pending[None]:
         """Move the weights of every replica out of the GPU and drop its KV cache."""
-        return RayPending([replica.sleep.remote() for replica in self.replicas], self._names("sleep"), self.deadline_s)
+        return Retried(self, lambda: self._pending("sleep", [replica.sleep.remote() for replica in self.replicas]))
 
-    def wake(self, part: EnginePart) -> RayPending[None]:
+    def wake(self, part: EnginePart) -> Pending[None]:
         """Bring one of them back on every replica."""
-        calls = [replica.wake.remote(part) for replica in self.replicas]
-        return RayPending(calls, self._names("wake"), self.deadline_s)
+        return Retried(self, lambda: self._pending("wake", [replica.wake.remote(part) for replica in self.replicas]))
 
-    def _names(self, method: str) -> list[str]:
-        return [f"{self.role}-{index}.{method}" for index in range(len(self.replicas))]
+    def current(self) -> tuple[ActorHandle, ...]:
+        """Return the replicas as they are now."""
+        return tuple(self.replicas)
+
+    def mend(self, asked: tuple[ActorHandle, ...], error: LostProcess) -> None:
+        """Replace those of the replicas asked that no longer answer; raise the error where all of them do."""
+        there = answers(list(asked))
+        if all(there):
+            raise error
+        repairs = [self.repairs.begin(i, handle, error) for i, handle in enumerate(asked) if not there[i]]
+        for repair in repairs:
+            repair.result()
+
+    def alive(self) -> bool:
+        """Return whether every replica still answers, and none was lost for good."""
+        return self.repairs.settled() and all(answers(self.replicas))
+
+    def kill(self) -> None:
+        """End the processes."""
+        self.repairs.stop()
+        end(self.replicas)
+
+    def _supply(self, index: int) -> None:
+        """Put another replica in the place of one, with the present weights."""
+        replica = self.repairs.restart(index, f"{self.role}-{index}")
+        if self.source is not None:
+            self.source([replica]).result()
+
+    def _pending(self, method: str, calls: list[ray.ObjectRef]) -> RayPending[Any]:
+        numbers = range(len(calls)) if len(calls) == len(self.replicas) else ["new"] * len(calls)
+        return RayPending(calls, [f"{self.role}-{number}.{method}" for number in numbers], self.deadline_s)
 
 
 def _engine(spec: RolloutSpec) -> VllmEngine | TransformersReplica:

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
+from actors import death
 from rlhf import errors
 from rlhf.engines.ranks import LOST
-from rlhf.errors import RlhfError, TrainingError
+from rlhf.errors import LostProcess, RlhfError, TrainingError
+from rlhf.roles import Pending
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 T = TypeVar("T")
 OUR_ERROR = re.compile(r"^rlhf\.errors\.(?P<name>\w+): ", re.MULTILINE)
 VICTIM = re.compile(r"closed by peer|reset by peer|broken pipe|connection (refused|aborted)|timed? ?out|nccl", re.I)
 """What a collective says where another rank is at fault."""
+
+LOSSES = (ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises where a process is gone."""
 
 GRACE_S = 3.0
 """How long the other calls may take to tell what really went wrong."""
@@ -54,6 +72,40 @@ class RayPending(Generic[T]):
         return self.combine(wait_for_all(self.references, self.names, self.deadline_s))
 
 
+class Processes(Protocol):
+    """The processes of a role, which can be replaced."""
+
+    def current(self) -> tuple[ActorHandle, ...]:
+        """Return those that are called now."""
+        ...
+
+    def mend(self, asked: tuple[ActorHandle, ...], error: LostProcess) -> None:
+        """Replace what was lost of the processes asked, so that the call can be made again; or raise an error."""
+        ...
+
+
+class Retried(Generic[T]):
+    """A `Pending` whose call is made again when a process was lost and could be replaced."""
+
+    def __init__(self, processes: Processes, ask: Callable[[], Pending[T]]) -> None:
+        self.processes = processes
+        self.ask = ask
+        self._begin()
+
+    def result(self) -> T:
+        """Return the value; an error where a call failed, or where what was lost cannot be replaced (any more)."""
+        while True:
+            try:
+                return self.pending.result()
+            except LostProcess as error:
+                self.processes.mend(self.asked, error)
+            self._begin()
+
+    def _begin(self) -> None:
+        self.asked = self.processes.current()
+        self.pending = self.ask()
+
+
 def wait_for(reference: ray.ObjectRef, name: str, deadline_s: float) -> Any:
     """Return the value of one call, as `wait_for_all` does."""
     return wait_for_all([reference], [name], deadline_s)[0]
@@ -69,27 +121,35 @@ def wait_for_all(references: Sequence[ray.ObjectRef], names: Sequence[str], dead
     try:
         return ray.get(list(references), timeout=deadline_s)
     except GetTimeoutError:
-        late = _late(references, names)
-        raise TrainingError(f"{late} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s)") from None
+        raise late(references, names, deadline_s) from None
     except RayError as error:
-        name, cause = _at_fault(references, names, error)
-        raise _translated(name, cause) from cause
+        name, cause, reference = _at_fault(references, names, error)
+        raise _translated(name, cause, reference) from cause
 
 
-def _late(references: Sequence[ray.ObjectRef], names: Sequence[str]) -> str:
+def late(references: Sequence[ray.ObjectRef], names: Sequence[str], deadline_s: float) -> LostProcess:
+    """Return what people are told where calls have not ended within their deadline."""
     done = set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
-    late = [name for name, reference in zip(names, references, strict=True) if reference not in done]
-    return ", ".join(late[:TOLD]) + (f" and {len(late) - TOLD} more" if len(late) > TOLD else "")
+    open_calls = [(name, call) for name, call in zip(names, references, strict=True) if call not in done]
+    told = ", ".join(name for name, _ in open_calls[:TOLD])
+    more = f" and {len(open_calls) - TOLD} more" if len(open_calls) > TOLD else ""
+    place = death.place_of(open_calls[0][1]) if open_calls else None
+    return LostProcess(
+        f"{told}{more} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s){f' on {place}' if place else ''};"
+        " it hangs or waits for another process; if the work takes that long, raise ray.call_timeout_s"
+    )
 
 
-def _at_fault(references: Sequence[ray.ObjectRef], names: Sequence[str], first: RayError) -> tuple[str, RayError]:
-    """Return the failed call that explains the others, and its error."""
+def _at_fault(
+    references: Sequence[ray.ObjectRef], names: Sequence[str], first: RayError
+) -> tuple[str, RayError, ray.ObjectRef]:
+    """Return the name of the failed call that explains the others, its error and itself."""
     failed = [
-        (name, error)
+        (name, error, reference)
         for name, reference in zip(names, references, strict=True)
         if (error := _error_of(reference, GRACE_S if len(references) > 1 else 0)) is not None
     ]
-    return min(failed, key=lambda item: _is_victim(item[1]), default=(names[0], first))
+    return min(failed, key=lambda item: _is_victim(item[1]), default=(names[0], first, references[0]))
 
 
 def _error_of(reference: ray.ObjectRef, wait_s: float) -> RayError | None:
@@ -108,11 +168,13 @@ def _is_victim(error: RayError) -> bool:
     return not isinstance(error, RayActorError) and bool(VICTIM.search(str(error)))
 
 
-def _translated(name: str, error: RayError) -> RlhfError:
+def _translated(name: str, error: RayError, reference: ray.ObjectRef) -> RlhfError:
     if isinstance(error, RayTaskError):
         return _raised(name, error.cause)
-    if isinstance(error, RayActorError):
-        return (_not_started if error.actor_init_failed else _died)(name, error)
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return _not_started(name, error)
+    if isinstance(error, LOSSES):
+        return LostProcess(f"{name}: the process died {death.told(error, reference)}")
     return TrainingError(f"{name}: {_last_line(error)}")
 
 
@@ -133,11 +195,6 @@ def _not_started(name: str, error: RayActorError) -> RlhfError:
     message = str(error)[ours[-1].end() :].partition("\n\nThe above exception was")[0].strip()
     kind: type[RlhfError] = getattr(errors, ours[-1]["name"])
     return kind(f"{name}: {message}")
-
-
-def _died(name: str, error: RayActorError) -> TrainingError:
-    reason = _last_line(error).rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0].rstrip(".")
-    return TrainingError(f"{name}: the process died ({reason}); out of memory is the usual cause")
 
 
 def _last_line(error: Exception) -> str:

@@ -10,14 +10,19 @@ the same calls are made and free nothing.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.process import end
+from actors.repairs import Start
+from actors.restarts import Restarts
 from actors.rollout import RayRollout
 from actors.supervise import wait_for_all
+from rlhf.errors import LostProcess
 from rlhf.roles import EnginePart, Pending, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -41,6 +46,11 @@ class Turns:
         """Enter the processes of models that stand on the devices."""
         self.groups.append(group)
         group.before_call = self.learn
+
+    def forget_models(self) -> None:
+        """Their processes have ended; new ones will join."""
+        self.groups.clear()
+        self.models_here = True
 
     def begin(self) -> None:
         """Make room for an engine that is about to start."""
@@ -102,14 +112,43 @@ class Turns:
 class SharingRollout(RayRollout):
     """A `RolloutEngine` on devices that it shares with models."""
 
-    def __init__(self, replicas: list[ActorHandle], deadline_s: float, turns: Turns, max_sequences: int = 64) -> None:
-        super().__init__(replicas, deadline_s, max_sequences=max_sequences)
+    def __init__(
+        self,
+        replicas: list[ActorHandle],
+        deadline_s: float,
+        turns: Turns,
+        max_sequences: int = 64,
+        start: Start | None = None,
+        restarts: Restarts | None = None,
+    ) -> None:
+        super().__init__(replicas, deadline_s, max_sequences=max_sequences, start=start, restarts=restarts)
         self.turns = turns
+        self.repairing = threading.Lock()
 
     def wait_until_ready(self) -> None:
         """Wait until every replica has loaded its model."""
         names = [f"{self.role}-{index}.start" for index in range(len(self.replicas))]
         wait_for_all([replica.ping.remote() for replica in self.replicas], names, self.deadline_s)
+
+    def mend(self, asked: tuple[ActorHandle, ...], error: LostProcess) -> None:
+        """Raise the error: what is lost while the devices change hands leaves nobody in a known place."""
+        raise error
+
+    def _supply(self, index: int) -> None:
+        """Put another replica in the place of one while nothing is generated: it needs room, and so may the model."""
+        with self.repairing:
+            end([self.replicas[index]], elsewhere=True)
+            try:
+                if not self.balance.pause(self.deadline_s):
+                    raise LostProcess(f"{self.role} did not come to rest within {self.deadline_s:.0f} s")
+                self.turns.begin()
+                replica = self.repairs.restart(index, f"{self.role}-{index}")
+                self.turns.began(self)
+                if self.source is not None:
+                    self.source([replica]).result()
+                self.turns.generate()
+            finally:
+                self.balance.resume()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlhf import __version__
-from rlhf.errors import RlhfError
+from rlhf.errors import RecipeError, RlhfError
+from rlhf.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from rlhf.recipe.load import LoadedRecipe
@@ -43,9 +44,15 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except RlhfError as error:
             if debug:
                 traceback.print_exc()
-            lines = str(error).splitlines() or [type(error).__name__]
+            from rlhf.report.untrusted import visible
+
+            lines = visible(str(error)).splitlines() or [type(error).__name__]  # it may quote data or a model
             click.echo("error: " + "\n".join(lines[:MAX_LINES]), err=True)
             sys.exit(error.exit_code)
+        except Interrupted as stop:
+            at = f" in {stop}" if str(stop) else ""
+            click.echo(f"interrupted{at}; the same command goes on", err=True)
+            sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -54,7 +61,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            click.echo(f"error: unexpected {type(error).__name__}: {error}; --debug shows the traceback", err=True)
+            from rlhf.report.untrusted import visible
+
+            said = visible(f"unexpected {type(error).__name__}: {error}")
+            click.echo(f"error: {said}; --debug shows the traceback", err=True)
             sys.exit(UNEXPECTED)
 
     return wrapper
@@ -68,24 +78,33 @@ def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     @reports_errors
     @functools.wraps(command)
     def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a new score head is meant to be new
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
-        if not Path("/dev/nvidiactl").exists():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so
+        _quiet_libraries()
         from rlhf.recipe.load import load_recipe
 
-        command(load_recipe(recipe, overrides), **arguments)
+        loaded = load_recipe(recipe, overrides)
+        try:
+            command(loaded, **arguments)
+        except RecipeError as error:
+            raise RecipeError(loaded.located(str(error))) from error
 
     return wrapper
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a new score head is meant to be new
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so
 
 
 @main.command()
 @takes_recipe
 @click.option("--local", is_flag=True, help="Run every role in this process, without Ray.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="The run folder.")
-def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
-    """Run the stages of RECIPE; stages that are done and unchanged are reused."""
+@click.option("--restart", multiple=True, metavar="STAGE", help="Begin an interrupted or finished stage again.")
+def run(loaded: LoadedRecipe, local: bool, output: Path | None, restart: tuple[str, ...]) -> None:
+    """Run the stages of RECIPE: those done and unchanged are reused, an interrupted one goes on where it was."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from dataclasses import replace
 
@@ -97,7 +116,7 @@ def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
     if loaded.recipe.backend == "local":
         from rlhf.local import LocalLauncher
 
-        run_recipe(loaded, LocalLauncher, output)
+        run_recipe(loaded, LocalLauncher, output, restart=restart)
         return
     if loaded.recipe.ray.address is None:
         check_fits(loaded.recipe, local_resources())
@@ -105,7 +124,7 @@ def run(loaded: LoadedRecipe, local: bool, output: Path | None) -> None:
         _offer_token()
     from actors.launch import RayLauncher
 
-    run_recipe(loaded, RayLauncher, output)
+    run_recipe(loaded, RayLauncher, output, restart=restart)
 
 
 def _offer_token() -> None:
@@ -208,6 +227,73 @@ def compare(runs: tuple[Path, ...], output: Path) -> None:
     console.print(comparison_table(comparison))
     console.print(verdict(comparison), markup=False)
     console.print(f"report: {output}", markup=False, soft_wrap=True)
+
+
+@main.group()
+def checkpoint() -> None:
+    """List or verify the states that a run can go on from."""
+
+
+@checkpoint.command("list")
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@reports_errors
+def list_checkpoints(run: Path) -> None:
+    """Show the states saved in the run folder RUN: stage, step, age, size, and whether each is whole."""
+    from rich.console import Console
+
+    from rlhf.report.states import states_table
+
+    table = states_table(run)
+    if table is None:
+        click.echo(f"no states in {run}")
+    else:
+        Console(highlight=False).print(table)
+
+
+@checkpoint.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@reports_errors
+def verify(run: Path) -> None:
+    """Compare every state and finished model in the run folder RUN with the hashes taken when it was written."""
+    from rlhf.report.states import check_run
+
+    found = check_run(run)
+    if found.problems:
+        hidden = len(found.problems) - MAX_LINES
+        lines = found.problems if hidden <= 0 else [*found.problems[: MAX_LINES - 1], f"and {hidden + 1} more"]
+        raise RlhfError("\n".join(lines))
+    click.echo(f"OK {found.states} states, {found.models} models")
+
+
+@main.group()
+def data() -> None:
+    """Look at the data that a recipe reads."""
+
+
+@data.command()
+@click.argument("source", metavar="FILE_OR_RECIPE", type=click.Path(path_type=Path))
+@click.option("--model", metavar="M", help="Count tokens with this model's tokenizer; a recipe's own otherwise.")
+@click.option("--format", "kind", default="auto", show_default=True, help="The format of a data file, as in a recipe.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@reports_errors
+def inspect(source: Path, model: str | None, kind: str, as_json: bool) -> None:
+    """Show formats, bad rows, lengths, repeats and one row as it is trained on; fail when a run would."""
+    _quiet_libraries()
+    from rlhf.report.inspection import inspect_and_print
+
+    inspect_and_print(source, model, kind, as_json)
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), help="Where run folders will be made.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+@reports_errors
+def doctor(output: Path, as_json: bool) -> None:
+    """Check this machine for what makes runs fail or slow: versions, GPUs, threads, memory, disk, Ray."""
+    from rlhf.doctor.check import print_checks
+    from rlhf.doctor.machine import check_machine
+
+    sys.exit(print_checks(check_machine(output), as_json))
 
 
 @main.command()

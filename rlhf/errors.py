@@ -31,6 +31,10 @@ class TrainingError(RlhfError):
     exit_code = 5
 
 
+class LostProcess(TrainingError):
+    """A process of a role died or no longer answers; the stage can go on from its last saved state with another."""
+
+
 class GuardError(RlhfError):
     """A guard stopped the run: NaN, KL ceiling, disagreement of engine and trainer, empty generations."""
 

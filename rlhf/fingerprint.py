@@ -25,13 +25,16 @@ SHAPE = (
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 
 
-def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
-    """Return the key of a stage: its settings, files, upstream keys, and what of the recipe bears on the result."""
+def stage_content(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return all that a stage's result depends on: settings, files, upstream keys, and what of the recipe bears on it.
+
+    Files are told by their names and digests, wherever they are.
+    """
     files = sorted(_files(stage))
     settings = json.dumps(stage.model_dump(mode="json", exclude={"max_tokens_per_microbatch"}), sort_keys=True)
     for file in files:
         settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])
-    content = {
+    return {
         "version": rlhf.__version__,
         "seed": recipe.seed,  # a stage's own is among its settings
         "budget": recipe.budget.model_dump() if recipe.budget and _is_limited(stage) else None,
@@ -39,11 +42,32 @@ def stage_key(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,
-        "stage": settings,
-        "files": [file_digest(path) for path in files],
+        "stage": json.loads(settings),
+        "files": {path.name: [file_digest(other) for other in files if other.name == path.name] for path in files},
         "upstream": {name: keys[name] for name in sorted(upstream(stage))},
     }
+
+
+def content_key(content: Mapping[str, Any]) -> str:
+    """Return the key of a stage's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:
+    """Return what differs between two contents in words, such as `kl_coef 0.05 -> 0.1`, in the order of the names."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        where = f"{place}.{name}" if place else name
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, "" if where == "stage" else where)
+        elif where.startswith(("files.", "upstream.")):
+            found.append(f"{where.partition('.')[2]} changed")
+        else:
+            found.append(f"{where} {json.dumps(before)} -> {json.dumps(after)}")
+    return found
 
 
 def _is_limited(stage: Stage) -> bool:

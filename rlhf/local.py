@@ -63,6 +63,10 @@ class LocalModel:
         self.learner.save(folder)
         return Ready(None)
 
+    def state_bytes(self) -> Ready[int]:
+        """Return the bytes that `save_state` writes."""
+        return Ready(self.learner.state_bytes())
+
     def save_state(self, folder: Path) -> Ready[None]:
         """Write what training goes on from."""
         self.learner.save_state(folder)
@@ -167,6 +171,9 @@ class LocalLauncher:
     def seconds_in_turns(self) -> float:
         """Return 0: nothing changes hands in one process."""
         return 0.0
+
+    def recover(self) -> None:
+        """Do nothing: there are no processes that can be lost."""
 
     def release(self) -> None:
         """Nothing to do: models end with their last reference."""

@@ -64,6 +64,10 @@ class Learner(Protocol):
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         ...
 
+    def state_bytes(self) -> Pending[int]:
+        """Return how many bytes `save_state` writes, about."""
+        ...
+
     def save_state(self, folder: Path) -> Pending[None]:
         """Write what training goes on from into a folder: weights in float32, moments, count of updates."""
         ...
@@ -187,6 +191,10 @@ class Launcher(Protocol):
 
     def seconds_in_turns(self) -> float:
         """Return the seconds spent so far on handing shared devices from the engine to models and back."""
+        ...
+
+    def recover(self) -> None:
+        """End the processes of the stage that just failed, so that it can begin again with new ones."""
         ...
 
     def release(self) -> None:

@@ -66,6 +66,33 @@ class Tracker:
         self.gradient_tokens += gradient_tokens
         self.generated_tokens += generated_tokens
 
+    def mark(self) -> dict[str, float]:
+        """Return what `rewind` needs to come back here."""
+        offset = self.path.stat().st_size if self.path.exists() else 0
+        return {
+            "step": self.step,
+            "offset": offset,
+            "seconds": time.monotonic() - self.started,
+            "gradient_tokens": self.gradient_tokens,
+            "generated_tokens": self.generated_tokens,
+        }
+
+    def rewind(self, mark: Mapping[str, float] | None) -> None:
+        """Forget the rows and the counts after a mark, or all of them; seconds count from the mark's on."""
+        mark = mark or dict.fromkeys(("step", "offset", "seconds", "gradient_tokens", "generated_tokens"), 0)
+        self.step = int(mark["step"])
+        self.started = time.monotonic() - mark["seconds"]
+        self.gradient_tokens, self.generated_tokens = int(mark["gradient_tokens"]), int(mark["generated_tokens"])
+        if not self.path.exists():
+            return
+        os.truncate(self.path, int(mark["offset"]))
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        self.curve = [{name: _number(value) for name, value in row.items() if name != "time"} for row in rows]
+
+    def say(self, message: str) -> None:
+        """Tell people something about the stage."""
+        self.display.say(f"{self.stage} {message}")
+
     def begin(self, label: str, total: int) -> None:
         """Show that a part of the stage with `total` steps begins."""
         self.display.stage(f"{self.stage} {label}".strip(), total)
@@ -91,3 +118,8 @@ class Tracker:
         self.advance(step, values)
         self.curve.append({"step": step, **values})
         self.watch(self.curve)
+
+
+def _number(value: float | None) -> float:
+    """Return a number as it was before it became JSON."""
+    return math.nan if value is None else value

@@ -186,7 +186,8 @@ def test_comparison_prompts_that_were_trained_on(folder):
 def test_more_tokens_than_the_model_has_positions(folder):
     message = refusal(2, HEAD + PPO, "stages.ppo.max_prompt_tokens=5000")
     assert re.fullmatch(
-        r"stages\.ppo: max_prompt_tokens \+ max_response_tokens = 5004, but tiny://llama has \d+ positions;"
+        r"recipe\.yaml:6:5: stages\.ppo: max_prompt_tokens \+ max_response_tokens = 5004, "
+        r"but tiny://llama has \d+ positions;"
         " lower one of them",
         message,
     )

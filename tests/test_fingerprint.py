@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.fingerprint import file_digest, folder_digest, stage_key, upstream
+from rlhf.fingerprint import content_key, file_digest, folder_digest, stage_content, upstream
 from rlhf.recipe.load import load_recipe
 
 RECIPE = """\
@@ -54,7 +54,7 @@ def keys(folder: Path, *overrides: str, base: str = "b") -> dict[str, str]:
     recipe = load_recipe(folder / "recipe.yaml", overrides).recipe
     found = {"base": base}
     for stage in recipe.stages:
-        found[stage.name] = stage_key(stage, recipe, found)
+        found[stage.name] = content_key(stage_content(stage, recipe, found))
     return found
 
 

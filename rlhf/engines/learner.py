@@ -28,6 +28,7 @@ from rlhf.models.lora import (
     add_lora,
     leave_whole,
     merged_weights,
+    trainable_parameters,
     unwrapped,
 )
 from rlhf.models.recompute import recompute_activations
@@ -158,6 +159,11 @@ class ModelLearner:
         tokenizer = load_tokenizer(self.spec.checkpoint)
         with exchanging(f"{self.spec.role}.save"):
             save_merged(self.model, tokenizer, folder, self.spec.dtype, self._gathered, write=self.rank == 0)
+
+    def state_bytes(self) -> int:
+        """Return how many bytes the states of all ranks take together."""
+        parameters: Sequence[Any] = trainable_parameters(self.model)
+        return sum(12 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
     def save_state(self, folder: Path) -> None:
         """Write this rank's share of what training goes on from, in files named by the role, into a folder.

@@ -35,6 +35,17 @@ class LoadedRecipe:
     root: Node
     overrides: tuple[str, ...]
 
+    def located(self, message: str) -> str:
+        """Return a message that starts with a key, such as `model.path: `, with the key's place in the file before."""
+        node = self.root
+        for step in message.partition(": ")[0].split("."):
+            index = _stage_index(node.value, step) if isinstance(node.value, list) else None
+            child = node.child(step if index is None else index)
+            if child is None:
+                return message
+            node = child
+        return node.mark.at("") + message if node.mark.file else message
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, merge, validate and resolve a recipe.

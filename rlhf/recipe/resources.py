@@ -106,13 +106,16 @@ def _reward(*judges: object) -> tuple[RoleName, ...]:
 def threads(recipe: Recipe, stage: Stage, cores: int) -> dict[RoleName, int]:
     """Return the CPU threads of each process of a role in a stage.
 
-    On a cluster that is joined they are the CPUs that the process reserves. On one's own machine processes busy at the
-    same time must not want more threads than there are cores, since spinning OpenMP barriers then cost a factor of
-    ten: while an engine generates nothing else runs; in online stages all other models of the stage score side by
-    side, and policy and critic train so.
+    In one process (`backend: local`) the roles work one after another, each with all cores. On a cluster that is
+    joined they are the CPUs that the process reserves. On one's own machine processes busy at the same time must not
+    want more threads than there are cores, since spinning OpenMP barriers then cost a factor of ten: while an engine
+    generates nothing else runs; in online stages all other models of the stage score side by side, and policy and
+    critic train so.
     """
     alone = ("rollout", "judge")
     roles = wanted(recipe, stage)
+    if recipe.backend == "local":
+        return dict.fromkeys(roles, max(1, cores))
     if recipe.ray.address is not None:
         return {name: max(1, int(role.cpus)) for name, role in roles.items()}
     learning = [role.count for name, role in roles.items() if name not in alone]

@@ -15,12 +15,14 @@ from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import CollectionNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
+from ruamel.yaml.scanner import RoundTripScanner
 
 from rlhf.errors import RecipeError
 
-MAX_BYTES = 1 << 20
-MAX_VALUES = 20_000
+MAX_BYTES = 128 << 10
+MAX_VALUES = 10_000
 MAX_DEPTH = 50
+DEEP = f"nested deeper than {MAX_DEPTH} levels"
 PLAIN_ONLY = "only text, numbers, true, false and null are allowed; quote this value"
 
 Value: TypeAlias = "dict[str, Node] | list[Node] | str | int | float | bool | None"
@@ -89,12 +91,13 @@ class Node:
 def read_text(path: Path) -> str:
     """Return a recipe file's text; RecipeError when it is missing, too large or not UTF-8."""
     try:
-        raw = path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError(f"{path}: recipe not found") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from None
-    if raw is None:
+    if len(raw) > MAX_BYTES:
         raise RecipeError(
             f"{path}: larger than {MAX_BYTES // 1024} KiB; recipes name data files, they do not hold data"
         )
@@ -109,6 +112,7 @@ def read_text(path: Path) -> str:
 def parse(text: str, file: Path | None) -> Node:
     """Parse YAML 1.2 text; RecipeError with the position for bad syntax, duplicate keys or too many values."""
     yaml = YAML(typ="rt", pure=True)
+    yaml.Scanner = _PlainScanner
     yaml.Composer = _PlainComposer
     try:
         return _Converter(file).node(yaml.load(text), Mark(file), Mark(file), 0)
@@ -117,6 +121,7 @@ def parse(text: str, file: Path | None) -> Node:
         mark = Mark(file, where.line + 1, where.column + 1) if where else Mark(file)
         problem = str(error.problem or error.context).split(" with value")[0]
         said = problem if isinstance(error, _Refused) else f"not valid YAML: {problem}"
+        said += "; indent with spaces" if r"character '\t'" in said else ""
         raise RecipeError(f"{_place(mark)}{said}") from None
     except ReaderError as error:
         before = text[: error.position]
@@ -134,37 +139,57 @@ class _Refused(MarkedYAMLError):
     """YAML that is valid and that no recipe needs."""
 
 
+class _PlainScanner(RoundTripScanner):
+    """Refuses directives, which change what the rest of a file means, and what it would take very long to scan."""
+
+    def fetch_flow_collection_start(self, kind: type, to_push: str) -> None:
+        if len(self.flow_context) >= MAX_DEPTH - 1:  # it looks far ahead of the composer
+            raise _Refused(None, None, DEEP, self.reader.get_mark())
+        super().fetch_flow_collection_start(kind, to_push)
+
+    def fetch_directive(self) -> None:
+        raise _Refused(None, None, "a recipe needs no % directives", self.reader.get_mark())
+
+
 class _PlainComposer(Composer):
-    """Refuses, while the tree is built, what only costs memory or runs code: deep nesting, tags, rings of aliases."""
+    """Refuses, while the tree is built, what only costs time or runs code: depth, tags, rings, repeated aliases."""
 
     def __init__(self, loader: object = None) -> None:
         super().__init__(loader)
         self.warn_double_anchors = False
+        self.values = 0
+        self.sizes: dict[str, int] = {}
 
     def compose_node(self, parent: object, index: object) -> object:
         event = self.parser.peek_event()
+        before = self.values
+        self.values += 1
         if isinstance(event, AliasEvent):
             anchored = self.anchors.get(event.anchor)
+            self.values += self.sizes.get(event.anchor, 0)
             if isinstance(anchored, CollectionNode) and anchored.end_mark is None:
                 raise _Refused(None, None, f"*{event.anchor} stands inside of what it repeats", event.start_mark)
         elif self.depth >= MAX_DEPTH:
-            raise _Refused(None, None, f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+            raise _Refused(None, None, DEEP, event.start_mark)
         elif event.ctag is not None:
             raise _Refused(None, None, PLAIN_ONLY, event.start_mark)
-        return super().compose_node(parent, index)
+        if self.values > MAX_VALUES:
+            raise _Refused(None, None, f"with its aliases more than {MAX_VALUES} keys and values", event.start_mark)
+        node = super().compose_node(parent, index)
+        if event.anchor is not None and not isinstance(event, AliasEvent):
+            self.sizes[event.anchor] = self.values - before
+        return node
 
 
 class _Converter:
-    """Turns ruamel's round-trip objects into nodes; counts them, since aliases may repeat without end."""
+    """Turns ruamel's round-trip objects into nodes."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self.seen = 0
 
     def node(self, value: object, mark: Mark, key: Mark, depth: int) -> Node:
-        self.seen += 1
-        if self.seen > MAX_VALUES or depth > MAX_DEPTH:
-            raise RecipeError(f"{_place(key)}with its aliases more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+        if depth > MAX_DEPTH:  # an alias of an alias of an alias
+            raise RecipeError(f"{_place(key)}{DEEP}")
         if isinstance(value, CommentedMap):
             return Node({str(k): self.entry(value, k, mark, depth) for k in value}, mark, key)
         if isinstance(value, list):
@@ -205,6 +230,8 @@ def _scalar(value: object, mark: Mark) -> str | int | float | bool | None:
         raise RecipeError(f"{_place(mark)}numbers must be finite and below 2**63")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise RecipeError(f"{_place(mark)}half of a surrogate pair is no character")
+    if isinstance(value, str) and "\0" in value:
+        raise RecipeError(f"{_place(mark)}text must not hold the character U+0000")
     for kind in (str, int, float):
         if isinstance(value, kind):
             return kind(value)

@@ -10,7 +10,8 @@ import httpx
 from pydantic import BaseModel, Field
 
 from rlhf.recipe.base import LlmJudge
-from rlhf.rewards.http import Endpoint, in_background, token_from
+from rlhf.rewards.background import in_background
+from rlhf.rewards.http import Endpoint, client, token_from
 from rlhf.rewards.question import FREE, REMINDER, Question, parse
 from rlhf.rewards.verdicts import Verdict
 
@@ -52,24 +53,23 @@ class ChatJudge:
 
     async def _all(self, questions: Sequence[Question]) -> list[Verdict]:
         places = asyncio.Semaphore(self.settings.concurrency)
-        limits = httpx.Limits(max_connections=self.settings.concurrency)
-        async with httpx.AsyncClient(limits=limits) as client:
+        async with client(self.settings.concurrency) as http:
 
             async def verdict(question: Question) -> Verdict:
                 async with places:
-                    first = await self._ask(client, question, self.text(question))
-                    return await self._ask(client, question, self.text(question) + REMINDER) if first is None else first
+                    first = await self._ask(http, question, self.text(question))
+                    return await self._ask(http, question, self.text(question) + REMINDER) if first is None else first
 
             return await asyncio.gather(*(verdict(question) for question in questions))
 
-    async def _ask(self, client: httpx.AsyncClient, question: Question, text: str) -> Verdict:
+    async def _ask(self, http: httpx.AsyncClient, question: Question, text: str) -> Verdict:
         body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
-        return parse(await self.endpoint.post(client, body, _content, f"prompt id {question.prompt_id}"))
+        return parse(await self.endpoint.post(http, body, _content, f"prompt id {question.prompt_id}"))
 
 
 def _content(answer: bytes) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from threading import Thread
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception_type,
+    stop_after_attempt,
     stop_before_delay,
     wait_random_exponential,
 )
@@ -28,11 +29,14 @@ from rlhf.errors import RecipeError, TrainingError
 from rlhf.recipe.base import HttpJudge, LlmJudge
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import judges
+from rlhf.rewards.breaker import Breaker
 
 T = TypeVar("T")
 BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
 """Seconds before attempt n + 1: uniform in [0, min(30, 0.5 * 2**(n - 1))] ("full jitter")."""
 EXCERPT = 200
+LARGEST_ANSWER = 16 * 2**20
+"""Bytes; a thousand scores are some 20 KB."""
 
 
 class _Passing(Exception):
@@ -41,6 +45,10 @@ class _Passing(Exception):
     def __init__(self, what: str, retry_after: float = 0.0) -> None:
         super().__init__(what)
         self.retry_after = retry_after
+
+
+class _Refused(ValueError):
+    """The service answered with a status that another attempt will not change."""
 
 
 def token_from(variable: str | None) -> str | None:
@@ -65,6 +73,15 @@ def check_tokens(recipe: Recipe) -> None:
                 token_from(judge.api_key_env)
 
 
+class _Answer(NamedTuple):
+    """A whole answer, read up to the limit; `complete` says that there was no more."""
+
+    status: int
+    headers: httpx.Headers
+    content: bytes
+    complete: bool
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A URL that JSON is posted to, with an optional bearer token; times are in seconds."""
@@ -73,6 +90,7 @@ class Endpoint:
     token: str | None = field(repr=False)
     timeout_s: float
     deadline_s: float
+    breaker: Breaker = field(default_factory=Breaker, repr=False, compare=False)
 
     async def post(
         self, client: httpx.AsyncClient, body: Mapping[str, Any], parse: Callable[[bytes], T], subject: str
@@ -80,67 +98,92 @@ class Endpoint:
         """Post `body` and return what `parse` makes of the answer (ValueError there: the answer is wrong).
 
         Status 429 and 5xx, timeouts and broken connections are tried again with exponential backoff and jitter, not
-        before `Retry-After`, until the deadline; everything else fails at once. TrainingError names URL, status,
-        number of attempts and `subject`.
+        before `Retry-After`, until the deadline; everything else fails at once, and so does all after several requests
+        in a row that were given up (`Breaker`). No answer is read beyond `LARGEST_ANSWER` bytes or unpacked.
+        TrainingError names URL, status, number of attempts and `subject`.
         """
+        if refusal := self.breaker.refusal():
+            raise self._failure(refusal, 0, subject)
         ends = time.monotonic() + self.deadline_s
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_Passing), wait=_pause, stop=stop_before_delay(self.deadline_s), reraise=True
-        )
+        stop = stop_after_attempt(1) if self.breaker.probing else stop_before_delay(self.deadline_s)
+        retrying = AsyncRetrying(retry=retry_if_exception_type(_Passing), wait=_pause, stop=stop, reraise=True)
         try:
-            response: httpx.Response = await retrying(self._attempt, client, body, ends)
+            answer: _Answer = await retrying(self._attempt, client, body, ends)
+            self.breaker.succeeded()
+            return parse(self._content(answer))
         except _Passing as error:
-            raise self._failure(str(error), retrying, subject) from error
+            self.breaker.failed(str(error))
+            raise self._failure(str(error), _attempts(retrying), subject) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._failure(self._clean(f"{type(error).__name__}: {error}"), retrying, subject) from None
-        if not response.is_success:
-            raise self._failure(self._status(response), retrying, subject)
-        try:
-            return parse(response.content)
+            what = self._clean(f"{type(error).__name__}: {error}")
+            raise self._failure(what, _attempts(retrying), subject) from None
+        except _Refused as error:
+            raise self._failure(str(error), _attempts(retrying), subject) from error
         except ValueError as error:
-            raise self._failure(f"status {response.status_code}, {_wrong(error)}", retrying, subject) from error
+            raise self._failure(self._clean(_wrong(error, answer.status)), _attempts(retrying), subject) from error
 
-    async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any], ends: float) -> httpx.Response:
+    async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any], ends: float) -> _Answer:
         limit = max(0.0, min(self.timeout_s, ends - time.monotonic()))
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            async with asyncio.timeout(limit):
-                response = await client.post(self.url, json=body, headers=headers, timeout=None)
+            async with (
+                asyncio.timeout(limit),
+                client.stream("POST", self.url, json=body, headers=headers, timeout=None) as response,
+            ):
+                answer = await _read(response)
         except TimeoutError as error:
             raise _Passing(f"no answer within {limit:.3g} s") from error
         except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
             raise _Passing(self._clean(f"{type(error).__name__}: {error}")) from error
-        if response.status_code == 429 or response.status_code >= 500:
-            raise _Passing(self._status(response), _retry_after(response.headers.get("Retry-After", "")))
-        return response
+        if answer.status == 429 or answer.status >= 500:
+            raise _Passing(self._status(answer), _retry_after(answer.headers.get("Retry-After", "")))
+        return answer
 
-    def _failure(self, what: str, retrying: AsyncRetrying, subject: str) -> TrainingError:
-        count = retrying.statistics["attempt_number"]
+    def _content(self, answer: _Answer) -> bytes:
+        """Return the content of a good answer; ValueError says why it is none."""
+        if not 200 <= answer.status < 300:
+            raise _Refused(self._status(answer))
+        if not answer.complete:
+            raise ValueError(f"but the answer is longer than {LARGEST_ANSWER // 2**20} MiB")
+        if (coding := answer.headers.get("Content-Encoding", "identity").lower()) != "identity":
+            raise ValueError(f"but the answer is packed ({coding}), which was not asked for")
+        return answer.content
+
+    def _failure(self, what: str, count: int, subject: str) -> TrainingError:
         attempts = "1 attempt" if count == 1 else f"{count} attempts"
         return TrainingError(f"{self.url.partition('?')[0]}: {what} (after {attempts}, {subject})")
 
-    def _status(self, response: httpx.Response) -> str:
-        said = self._clean(response.text)
-        return f"status {response.status_code}" + (f": {said}" if said else "")
+    def _status(self, answer: _Answer) -> str:
+        said = self._clean(answer.content.decode("utf-8", "replace"))
+        return f"status {answer.status}" + (f": {said}" if said else "")
 
     def _clean(self, text: str) -> str:
-        """Return the start of a text in one line, without the token, which servers like to repeat."""
+        """Return the start of a text in one printable line, without the token, which servers like to repeat."""
         hidden = text.replace(self.token, "***") if self.token else text
-        return " ".join(hidden.split())[:EXCERPT]
+        words = "".join(letter if letter.isprintable() else " " for letter in hidden).split()
+        return " ".join(words)[:EXCERPT]
 
 
-def in_background(work: Coroutine[Any, Any, T]) -> Future[T]:
-    """Run a coroutine in a thread of its own, which never keeps the process alive, and return its result to come."""
-    future: Future[T] = Future()
+async def _read(response: httpx.Response) -> _Answer:
+    """Read an answer as it travels, up to the limit."""
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_ANSWER:
+            break
+    return _Answer(response.status_code, response.headers, b"".join(parts), size <= LARGEST_ANSWER)
 
-    def run() -> None:
-        try:
-            future.set_result(asyncio.run(work))
-        except BaseException as error:  # it is raised where the result is asked for
-            future.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
-    return future
+def client(connections: int) -> httpx.AsyncClient:
+    """Return a client of so many connections at once; it follows no redirect."""
+    limits = httpx.Limits(max_connections=connections)
+    return httpx.AsyncClient(limits=limits, verify=_certificates(), headers={"Accept-Encoding": "identity"})
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # reading them takes longer than most requests
 
 
 def _pause(state: RetryCallState) -> float:
@@ -162,9 +205,13 @@ def _retry_after(value: str) -> float:
     return max(0.0, (aware - datetime.now(UTC)).total_seconds())
 
 
-def _wrong(error: ValueError) -> str:
+def _attempts(retrying: AsyncRetrying) -> int:
+    return int(retrying.statistics["attempt_number"])
+
+
+def _wrong(error: ValueError, status: int) -> str:
     if not isinstance(error, ValidationError):
-        return str(error)
+        return f"status {status}, {error}"
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"but in the answer {place + ': ' if place else ''}{first['msg']}"
+    return f"status {status}, but in the answer {place + ': ' if place else ''}{first['msg']}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +14,10 @@ import httpx
 import torch
 from pydantic import BaseModel, Field
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, TrainingError
 from rlhf.recipe.base import HttpJudge
-from rlhf.rewards.http import Endpoint, in_background, token_from
+from rlhf.rewards.background import in_background
+from rlhf.rewards.http import Endpoint, client, token_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from rlhf.roles import Pending
     from rlhf.types import Rollout
 
+log = logging.getLogger("rlhf")
+BATCHES_AT_ONCE = 4
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -31,7 +37,7 @@ class Scores(BaseModel):
 
 
 class HttpReward:
-    """A `RewardSource` behind a URL, asked in the background.
+    """A `RewardSource` behind a URL, asked in the background, a few batches at once.
 
     `{"items": [{"prompt", "response", "metadata"}]}` is answered by `{"scores": [...]}`, one for each item in order.
     """
@@ -40,24 +46,42 @@ class HttpReward:
         """RecipeError when the environment variable of the token is not set."""
         self.batch_size = settings.batch_size
         self.endpoint = Endpoint(settings.url, token_from(settings.token_env), settings.timeout_s, settings.deadline_s)
+        self.skips, self.max_skipped = settings.on_error == "skip_group", settings.max_skipped
+        self.failure = ""  # why the last batch without scores has none
 
     def score(self, rollouts: Sequence[Rollout]) -> Pending[Tensor]:
         """Return the scores of rollouts, `[B]` float32, to come.
 
-        The result is a TrainingError when the service does not give them all, and a DataError when the metadata of a
-        prompt is nothing that JSON can hold.
+        Where the service does not give them all, the result is a TrainingError or, with `on_error: skip_group`, NaN for
+        every rollout of the batch without scores: `Skips` leaves those prompts out. It is a DataError when the metadata
+        of a prompt is nothing that JSON can hold.
         """
         return in_background(self._scores(rollouts))
 
     async def _scores(self, rollouts: Sequence[Rollout]) -> Tensor:
-        scores: list[float] = []
-        async with httpx.AsyncClient() as client:
-            for start in range(0, len(rollouts), self.batch_size):
-                part = rollouts[start : start + self.batch_size]
-                body = {"items": [_item(rollout) for rollout in part]}
-                subject = f"first prompt id {part[0].prompt.id}"
-                scores += await self.endpoint.post(client, body, partial(_parse, count=len(part)), subject)
-        return torch.tensor(scores, dtype=torch.float32)
+        places = asyncio.Semaphore(BATCHES_AT_ONCE)
+        starts = range(0, len(rollouts), self.batch_size)
+        parts = [rollouts[start : start + self.batch_size] for start in starts]
+        bodies = [{"items": [_item(rollout) for rollout in part]} for part in parts]
+        async with client(BATCHES_AT_ONCE) as http:
+
+            async def batch(part: Sequence[Rollout], body: dict[str, Any]) -> list[float]:
+                async with places:
+                    return await self._batch(http, part, body)
+
+            found = await asyncio.gather(*map(batch, parts, bodies))
+        return torch.tensor([score for scores in found for score in scores], dtype=torch.float32)
+
+    async def _batch(self, http: httpx.AsyncClient, part: Sequence[Rollout], body: dict[str, Any]) -> list[float]:
+        subject = f"first prompt id {part[0].prompt.id}"
+        try:
+            return await self.endpoint.post(http, body, partial(_parse, count=len(part)), subject)
+        except TrainingError as error:
+            if not self.skips:
+                raise
+            self.failure = str(error)
+            log.warning("%s; the prompts of this batch are left out", error)
+            return [math.nan] * len(part)
 
 
 def _item(rollout: Rollout) -> dict[str, Any]:

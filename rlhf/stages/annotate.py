@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rlhf.data.tokenize import tokenize_prompts
 from rlhf.errors import TrainingError
 from rlhf.recipe.stage_schema import AnnotateStage
 from rlhf.rewards.llm import LlmReward
+from rlhf.rewards.skips import Skips
 from rlhf.roles import RolloutEngine
 from rlhf.stages.context import StageContext
 from rlhf.stages.sft import Summary
@@ -23,11 +25,15 @@ PROMPTS_PER_CALL = 128
 
 
 def run(stage: AnnotateStage, context: StageContext) -> Summary:
-    """Write `pairs.jsonl`, and `best.jsonl` with the best sample of each prompt; whole prompts are held out."""
+    """Write `pairs.jsonl`, and `best.jsonl` with the best sample of each prompt; whole prompts are held out.
+
+    A prompt that a service with `on_error: skip_group` did not score is in neither; the summary counts them.
+    """
     tokenizer = context.tokenizer(stage.policy)
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
     engine = context.launcher.rollout(context.rollout(stage.policy))
     judge = context.judge(stage.judge, tokenizer.pad_id)
+    skips = Skips(judge)
     starts = range(0, len(prompts), PROMPTS_PER_CALL)
     context.tracker.begin("sampling", len(starts))
     pairs: list[Pair] = []
@@ -35,15 +41,16 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
     for index, start in enumerate(starts):
         clock = time.perf_counter()
         rollouts = _draw(engine, prompts[start : start + PROMPTS_PER_CALL], stage, context)
-        scores = judge.score(rollouts).result().tolist()
+        scored = judge.score(rollouts).result()
+        rows = skips.kept(scored, rollouts)
+        rollouts, scores = [rollouts[row] for row in rows], scored[rows].tolist()
         for row in range(0, len(rollouts), stage.samples_per_prompt):
             group = slice(row, row + stage.samples_per_prompt)
             pairs += _pairs(rollouts[group], scores[group], stage, context)
             best += _best(rollouts[group], scores[group], stage, context)
         speed = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - clock)
-        context.tracker.log(
-            index + 1, {"reward": sum(scores) / len(scores), "pairs": len(pairs), "tokens_per_second": speed}
-        )
+        reward = sum(scores) / len(scores) if scores else math.nan
+        context.tracker.log(index + 1, {"reward": reward, "pairs": len(pairs), "tokens_per_second": speed})
     if not any(not pair.heldout for pair in pairs):
         raise TrainingError(
             f"annotate found no pair to train on in {len(prompts)} prompts: the judge scored all samples of a prompt"
@@ -55,6 +62,8 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
     summary: Summary = {"pairs": len(pairs), "heldout": sum(pair.heldout for pair in pairs), "flipped": flipped}
     if isinstance(judge, LlmReward):
         summary |= {"questions_asked": judge.asked, "unreadable_answers": judge.unreadable}
+    if skips.skipped:
+        summary |= {"skipped_prompts": skips.skipped}
     return summary
 
 

@@ -19,7 +19,7 @@ from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
-from rlhf.recipe.stage_schema import Stage
+from rlhf.recipe.stage_schema import CompareStage, Stage
 from rlhf.report.results import Cost
 from rlhf.rewards.chat import ChatJudge
 from rlhf.rewards.engine import EngineJudge
@@ -30,6 +30,7 @@ from rlhf.rewards.remote import HttpReward
 from rlhf.rewards.verdicts import VerdictCache
 from rlhf.roles import Launcher, RewardSource
 from rlhf.seeding import derive
+from rlhf.stages.recovery import StageRecovery
 from rlhf.tracking import Tracker
 
 
@@ -50,6 +51,7 @@ class StageContext:
     threads: Mapping[RoleName, int]
     max_length: int
     devices: float
+    recovery: StageRecovery
 
     def seed(self, *parts: str | int) -> int:
         """Return a seed for one purpose inside this stage."""
@@ -150,9 +152,10 @@ class StageContext:
         """Start the reward source that a judge section describes."""
         match judge:
             case FunctionJudge():
-                return FunctionReward(judge.path)
+                return FunctionReward(judge.path, judge.timeout_s)
             case HttpJudge():
-                return HttpReward(judge)
+                complete = isinstance(self.stage, CompareStage)  # nothing is left out of a comparison
+                return HttpReward(judge.model_copy(update={"on_error": "fail"}) if complete else judge)
             case ModelJudge():
                 return ModelReward(self.launcher.reward(self.frozen("reward", "scalar", judge.stage)), pad_id)
             case LlmJudge():

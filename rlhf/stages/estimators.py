@@ -15,7 +15,7 @@ from rlhf.algorithms.masked import whiten
 from rlhf.engines.policy_objectives import ClippedValue
 from rlhf.engines.schedule import lr_scale
 from rlhf.recipe.online_schema import PpoStage
-from rlhf.roles import Critic, Pending, Ready
+from rlhf.roles import Critic, Learner, Pending, Ready
 from rlhf.stages.experience import Scored
 from rlhf.types import Metrics, TokenBatch, ValueBatch
 
@@ -35,6 +35,10 @@ class Estimate(NamedTuple):
 class Estimator(Protocol):
     """Says how much better each token was than expected."""
 
+    def learners(self) -> list[Learner]:
+        """Return the models that it trains."""
+        ...
+
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return the value before each response token, `[B, T]`; zeros without a critic."""
         ...
@@ -53,6 +57,10 @@ class WithCritic:
 
     critic: Critic
     stage: PpoStage
+
+    def learners(self) -> list[Learner]:
+        """Return the critic."""
+        return [self.critic]
 
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Ask the critic."""
@@ -76,6 +84,10 @@ class WithCritic:
 
 class _CriticFree:
     """What estimators without a critic share."""
+
+    def learners(self) -> list[Learner]:
+        """Return none."""
+        return []
 
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return zeros."""

@@ -19,6 +19,7 @@ from rlhf.errors import GuardError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.online_schema import Agreement
 from rlhf.recipe.stage_schema import CompareStage
+from rlhf.rewards.skips import Skips
 from rlhf.roles import Reference, RewardSource
 from rlhf.stages.context import StageContext
 from rlhf.types import PreferenceBatch, Rollout, Sampling, TokenBatch
@@ -119,15 +120,18 @@ def judged(drawn: Mapping[str, Drawn], judge: RewardSource, samples_per_prompt: 
     """Return the judge's score of every sample, per model.
 
     Answers of all models to one prompt go to the judge next to each other, sample by sample, so that a judge who
-    compares sees each against the others.
+    compares sees each against the others. A service that fails ends the comparison, whatever its `on_error`: it is
+    complete or it is not one. GuardError on a score that is not finite.
     """
     names = list(drawn)
     scores: dict[str, list[float]] = {name: [0.0] * len(drawn[name].rollouts) for name in names}
     places = range(len(drawn[names[0]].rollouts))
     for k in range(samples_per_prompt):
         chosen = [(name, place) for place in places if place % samples_per_prompt == k for name in names]
-        values = judge.score([drawn[name].rollouts[place] for name, place in chosen]).result().tolist()
-        for (name, place), value in zip(chosen, values, strict=True):
+        rollouts = [drawn[name].rollouts[place] for name, place in chosen]
+        values = judge.score(rollouts).result()
+        Skips(judge).kept(values, rollouts)
+        for (name, place), value in zip(chosen, values.tolist(), strict=True):
             scores[name][place] = value
     return scores
 

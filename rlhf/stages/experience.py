@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from rlhf.algorithms.scores import flat_groups, overlong_penalty, whiten_scores
 from rlhf.data.collate import collate_rollouts
 from rlhf.errors import GuardError, TrainingError
 from rlhf.recipe.online_schema import OnlineStage, PolicyGradientStage
+from rlhf.rewards.skips import Skips
 from rlhf.roles import Pending, Roles
 from rlhf.types import Metrics, Rollout, TokenBatch, TokenScores
 
@@ -27,7 +28,8 @@ class Scored:
 
     groups `[B]` numbers each rollout's prompt from 0. raw_scores `[B]` are the judge's, scores `[B]` those that are
     learnt from. values are the critic's, 0 without one. unfinished `[B]` says which responses met the length limit.
-    `stale` says that the policy has moved on since it sampled them.
+    `stale` says that the policy has moved on since it sampled them. `rollouts` are the rows, and `skipped` counts the
+    prompts that are not among them because a reward service failed.
     """
 
     batch: TokenBatch
@@ -39,6 +41,8 @@ class Scored:
     values: Tensor
     unfinished: Tensor
     stale: bool = False
+    rollouts: Sequence[Rollout] = ()
+    skipped: Metrics = field(default_factory=Metrics)
 
     def kl(self) -> Tensor:
         """Return the sum over all rollouts of the sequence KL to the reference (k1), in nats, a scalar.
@@ -82,12 +86,24 @@ def collect(
     pad_id: int,
     stage: OnlineStage,
 ) -> Scored:
-    """Ask every role about the rollouts, all at the same time; `score` begins the judge's scoring."""
+    """Ask every role about the rollouts, all at the same time; `score` begins the judge's scoring.
+
+    Prompts without scores are left out where the recipe allows that (`Skips`). GuardError names the role and the prompt
+    of any other number that is not finite.
+    """
     batch = collate_rollouts(rollouts, pad_id)
     old_pending, ref_pending = roles.policy.logprobs(batch), roles.reference.logprobs(batch)
     score_pending, value_pending = score(), valued.values(batch)
     old, ref = old_pending.result(), ref_pending.result()
     raw_scores, values = score_pending.result(), value_pending.result()
+    skips = Skips(roles.reward)
+    rows = skips.kept(raw_scores, rollouts)
+    if len(rows) < len(rollouts):
+        rollouts, batch, raw_scores = [rollouts[row] for row in rows], batch.select(rows), raw_scores[rows]
+        old, ref = (TokenScores(said.logprobs[rows], said.entropy[rows]) for said in (old, ref))
+        values = values[rows]
+    for role, said in (("policy", old.logprobs), ("reference", ref.logprobs), ("critic", values)):
+        check_finite(role, said, batch.response_mask, rollouts)
     unfinished = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
     lengths = batch.response_mask.sum(dim=1)
     return Scored(
@@ -100,7 +116,20 @@ def collect(
         values=values,
         unfinished=unfinished,
         stale=staleness(stage) > 0,
+        rollouts=rollouts,
+        skipped=skips.metrics(),
     )
+
+
+def check_finite(role: str, said: Tensor, mask: Tensor, rollouts: Sequence[Rollout]) -> None:
+    """Refuse what a role says of tokens, `[B, T]`, when it is not finite anywhere in a response."""
+    wrong = (~said.isfinite() & mask).any(dim=1)
+    if wrong.any():
+        raise GuardError(
+            f"what the {role} says of a response to prompt id {rollouts[int(wrong.int().argmax())].prompt.id} is not"
+            f" finite: its weights hold NaN or infinity, or overflow; start from another checkpoint, lower the learning"
+            " rate or use model.dtype: float32"
+        )
 
 
 def staleness(stage: OnlineStage) -> int:
@@ -135,7 +164,7 @@ def measure(scored: Scored, compares_samples: bool) -> Metrics:
     )
     per_token = Metrics.of(tokens, entropy=masked_sum(scored.old.entropy, mask), agreement=masked_sum(gap, mask))
     once = Metrics.of(1, agreement_max=gap[mask].max(), reward_std=scored.raw_scores.std() if rows > 1 else 0.0)
-    metrics = per_row.merge(per_token).merge(once)
+    metrics = per_row.merge(per_token).merge(once).merge(scored.skipped)
     if compares_samples:
         flat = flat_groups(scored.scores, scored.groups)
         metrics = metrics.merge(Metrics.of(len(flat), flat_groups=flat.sum()))

@@ -12,7 +12,7 @@ from rlhf.stages.context import StageContext
 from rlhf.stages.experience import staleness
 from rlhf.stages.online_dpo import OnlineDpo
 from rlhf.stages.online_draw import draw
-from rlhf.stages.online_step import Method, Training, make_step, steps
+from rlhf.stages.online_step import Method, Training, going_on, make_step, steps
 from rlhf.stages.overlap import overlapped
 from rlhf.stages.policy_gradient import PolicyGradient, start_estimator
 from rlhf.stages.sft import Summary
@@ -33,11 +33,13 @@ def run(stage: AnyOnlineStage, context: StageContext) -> Summary:
 
 def in_turn(training: Training) -> WeightReceipt:
     """Generate and learn in turn, each step with the weights that the last one left; return the last receipt."""
-    receipt = training.publish(0)
-    for step in steps(training):
-        drawn = draw(training.roles, training.prompts, step.number, training.stage, training.context)
-        step.clock.lap("generate")
-        receipt = make_step(training, step, drawn)
+    with going_on(training) as going:
+        receipt = training.publish(going.step)
+        for step in steps(training, going.step):
+            drawn = draw(training.roles, training.prompts, step.number, training.stage, training.context)
+            step.clock.lap("generate")
+            receipt = make_step(training, step, drawn)
+            going.done(receipt.version, lambda: {"method": training.method.carry()})
     return receipt
 
 

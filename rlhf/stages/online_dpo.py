@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from rlhf.data.sampler import batches
 from rlhf.engines.preference_objectives import Preference
 from rlhf.engines.schedule import lr_scale
 from rlhf.recipe.online_schema import OnlineDpoStage
-from rlhf.roles import Pending, Policy, Ready
+from rlhf.roles import Learner, Pending, Policy, Ready
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored
 from rlhf.types import Metrics, PreferenceBatch, TokenBatch
@@ -29,6 +30,17 @@ class OnlineDpo:
         self.context = context
         self.policy = policy
         self.objective = Preference(partial(dpo_loss, beta=stage.beta), stage.temperature)
+
+    def learners(self) -> list[Learner]:
+        """Return none beside the policy."""
+        return []
+
+    def carry(self) -> dict[str, float]:
+        """Return nothing: each step stands for itself."""
+        return {}
+
+    def take_up(self, carried: Mapping[str, float]) -> None:
+        """Do nothing."""
 
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return zeros: there is no critic."""

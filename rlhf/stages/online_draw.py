@@ -13,6 +13,7 @@ from rlhf.algorithms.scores import flat_groups
 from rlhf.data.sampler import permutation, prompt_batch
 from rlhf.errors import GuardError
 from rlhf.recipe.online_schema import OnlineStage, PolicyGradientStage
+from rlhf.rewards.skips import Skips
 from rlhf.roles import Pending, Ready, Roles
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import check_rollouts, group_numbers, staleness
@@ -24,7 +25,7 @@ class Draw:
     """A step's rollouts, the samples of a prompt next to each other.
 
     `score` begins the judge's scoring, or returns the scores where drawing needed them. `tokens` counts all that was
-    generated for it; `metrics` say what dynamic sampling did.
+    generated for it; `metrics` say what dynamic sampling did and which prompts it had to leave out for want of scores.
     """
 
     rollouts: list[Rollout]
@@ -71,7 +72,12 @@ def draw(roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage,
 
 def begin(roles: Roles, prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> Drawing:
     """Begin to draw the rollouts of a step; prompts and seeds depend on the step alone, not on when it is drawn."""
-    return _ask(roles, [prompts[row] for row in _rows(prompts, step, stage, context)], step, stage, context)
+    return _ask(roles, prompts_of(prompts, step, stage, context), step, stage, context)
+
+
+def prompts_of(prompts: Sequence[Prompt], step: int, stage: OnlineStage, context: StageContext) -> list[Prompt]:
+    """Return the prompts of a step, in their order."""
+    return [prompts[row] for row in _rows(prompts, step, stage, context)]
 
 
 def take(drawing: Drawing, roles: Roles, prompts: Sequence[Prompt], stage: OnlineStage, context: StageContext) -> Draw:
@@ -101,23 +107,34 @@ def _with_spread(
 
     Each redraw takes as many prompts as groups are missing; what is missing in the end is filled with flat groups.
     """
-    scores = roles.reward.score(drawn).result()
+    skips = Skips(roles.reward)
+    tokens = _tokens(drawn)
+    drawn, scores = _scored(roles, drawn, skips)
+    first = len(drawn) // stage.samples_per_prompt
     for _ in range(stage.redraws):
         missing = stage.prompts_per_step - int((~_flat(scores, stage)).sum())
         more, spare = spare[:missing], spare[missing:]
         if not more:
             break
         rollouts = _ask(roles, more, step, stage, context).take(context, staleness(stage))
-        drawn = drawn + rollouts
-        check_rollouts(drawn)
-        scores = torch.cat([scores, roles.reward.score(rollouts).result()])
+        tokens += _tokens(rollouts)
+        check_rollouts(drawn + rollouts)
+        rollouts, more_scores = _scored(roles, rollouts, skips)
+        drawn, scores = drawn + rollouts, torch.cat([scores, more_scores])
     flat = _flat(scores, stage).tolist()
     groups = sorted(sorted(range(len(flat)), key=flat.__getitem__)[: stage.prompts_per_step])
     width = stage.samples_per_prompt
     kept = [row for group in groups for row in range(group * width, (group + 1) * width)]
-    metrics = Metrics.of(1, redrawn=sum(group >= stage.prompts_per_step for group in groups))
+    metrics = Metrics.of(1, redrawn=sum(group >= first for group in groups))
     metrics = metrics.merge(Metrics.of(len(scores), drawn_reward=scores.sum()))
-    return Draw([drawn[row] for row in kept], partial(Ready, scores[kept]), _tokens(drawn), metrics)
+    return Draw([drawn[row] for row in kept], partial(Ready, scores[kept]), tokens, metrics.merge(skips.metrics()))
+
+
+def _scored(roles: Roles, rollouts: list[Rollout], skips: Skips) -> tuple[list[Rollout], Tensor]:
+    """Return the rollouts of the prompts that have scores, and these."""
+    scores = roles.reward.score(rollouts).result()
+    rows = skips.kept(scores, rollouts)
+    return [rollouts[row] for row in rows], scores[rows]
 
 
 def _flat(scores: Tensor, stage: OnlineStage) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from rlhf.errors import GuardError
 from rlhf.recipe.online_schema import AnyOnlineStage, OnlineDpoStage, OnlineStage
-from rlhf.roles import RewardSource, Roles, WeightReceipt
+from rlhf.roles import Learner, RewardSource, Roles, WeightReceipt
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored, Valued, collect, measure
 from rlhf.stages.online_draw import Draw
+from rlhf.stages.recovery import Going
 from rlhf.stages.samples import write_samples
 from rlhf.types import Metrics, Prompt
 
@@ -21,6 +23,18 @@ class Method(Valued, Protocol):
     """What differs between the methods; `compares_samples` says whether a prompt's samples are set side by side."""
 
     compares_samples: bool
+
+    def learners(self) -> Sequence[Learner]:
+        """Return the models that it trains beside the policy."""
+        ...
+
+    def carry(self) -> dict[str, float]:
+        """Return what it takes from step to step, in JSON."""
+        ...
+
+    def take_up(self, carried: Mapping[str, float]) -> None:
+        """Go on with what an earlier `carry` returned."""
+        ...
 
     def learn(self, scored: Scored, step: int, total: int) -> Metrics:
         """Train on a step's scored rollouts, step `step` (from 0) of `total`, and count the tokens."""
@@ -42,6 +56,16 @@ class Training:
     def publish(self, version: int) -> WeightReceipt:
         """Send the policy's weights to the engine, as `version`."""
         return self.roles.policy.publish(self.roles.rollout, version).result()
+
+
+@contextmanager
+def going_on(training: Training) -> Iterator[Going]:
+    """Bring policy, critic, method and tracker to where the stage was, and the engine to the policy's weights."""
+    method = training.method
+    with training.context.recovery.going_on([training.roles.policy, *method.learners()]) as going:
+        if going.step:
+            method.take_up(going.carried["method"])
+        yield going
 
 
 class Clock:
@@ -72,10 +96,10 @@ class Step:
     clock: Clock = field(default_factory=Clock)
 
 
-def steps(training: Training) -> Iterator[Step]:
-    """Yield the stage's steps, until the budget is used up."""
+def steps(training: Training, done: int = 0) -> Iterator[Step]:
+    """Yield the stage's steps after those that are done, until the budget is used up."""
     stage, context = training.stage, training.context
-    for number in range(stage.steps):
+    for number in range(done, stage.steps):
         if context.spent() >= 1:
             return
         total = context.total_steps(number, stage.steps)
@@ -103,7 +127,7 @@ def make_step(
     check_step(metrics, step.number, stage)
     clock.lap("score")
     if training.watched:
-        golds = training.watched.score(drawn.rollouts).result()
+        golds = training.watched.score(scored.rollouts).result()
         metrics = metrics.merge(Metrics.of(len(golds), gold=golds.sum()))
     learned = training.method.learn(scored, step.number, step.total)
     check_learned(learned)
@@ -118,7 +142,7 @@ def make_step(
     if context.recipe.roles.rollout.share:  # a part of the phases before
         clock.laps["seconds_turns"] = context.launcher.seconds_in_turns() - step.turned
     context.tracker.log(receipt.version, {**metrics, **clock.laps})
-    write_samples(context.folder / "samples", receipt.version, drawn.rollouts, scored.scores.tolist())
+    write_samples(context.folder / "samples", receipt.version, scored.rollouts, scored.scores.tolist())
     if stage.save_every and receipt.version % stage.save_every == 0:
         roles.policy.save(context.folder / "checkpoints" / f"step-{receipt.version}").result()
     return receipt

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import Tensor
 
 from rlhf.algorithms.advantages import group_centred, group_normalised, leave_one_out
@@ -20,7 +23,7 @@ from rlhf.recipe.online_schema import (
     ReinforceStage,
     RlooStage,
 )
-from rlhf.roles import Pending, Policy
+from rlhf.roles import Learner, Pending, Policy
 from rlhf.stages.context import StageContext
 from rlhf.stages.estimators import AgainstBatch, AgainstGroup, Estimator, WithCritic
 from rlhf.stages.experience import Scored
@@ -39,6 +42,18 @@ class PolicyGradient:
         self.compares_samples = not isinstance(estimator, WithCritic) and (
             not isinstance(stage, ReinforceStage) or stage.baseline == "group"
         )
+
+    def learners(self) -> list[Learner]:
+        """Return the estimator's critic, if it has one."""
+        return self.estimator.learners()
+
+    def carry(self) -> dict[str, float]:
+        """Return the weight of the KL."""
+        return {"kl_coef": self.kl.coef}
+
+    def take_up(self, carried: Mapping[str, float]) -> None:
+        """Go on with the weight that was carried."""
+        self.kl = replace(self.kl, coef=carried["kl_coef"])
 
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Ask the estimator's critic, if it has one."""

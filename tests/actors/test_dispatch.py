@@ -11,12 +11,13 @@ import pytest
 import ray
 from replicas_made import PROMPTS, SAMPLING, SEEDS, Actor, Threaded, expected
 
-from actors.dispatch import Balance, Dispatch
+from actors.balance import Balance
+from actors.dispatch import Dispatch
 from actors.objects import Asked
 from actors.rollout import RayRollout
 from rlhf.engines.gate import Gate
 from rlhf.engines.vllm_batch import SharedBatch
-from rlhf.errors import GuardError, TrainingError
+from rlhf.errors import GuardError, LostProcess, TrainingError
 from rlhf.types import Sampling
 
 DEADLINE_S = 60.0
@@ -57,6 +58,33 @@ def test_the_order_of_replicas_stays_small_over_many_calls():
         balance.give_back(replica, 1 + turn % 7, 2, [1, 2])
     assert len(balance.order) <= 24
     assert balance.expected(SAMPLING) == 1.5
+
+
+def test_a_closed_replica_gets_nothing_and_its_failure_reaches_who_waits():
+    balance = Balance(2, max_sequences=1)
+    assert balance.take(5, 1) == 0
+    balance.close(0)
+    assert [balance.take(9, 2), balance.take(1, 1)] == [1, None]
+    balance.give_back(0, 5, 1)
+    assert balance.take(1, 1) is None
+    threading.Timer(0.2, balance.open, [0]).start()
+    assert balance.wait_for_room(0.05)  # no time passes while one is closed
+    assert (balance.take(1, 1), balance.tokens) == (0, [1, 9])
+    balance.fail(TrainingError("gone for good"))
+    for wait in (lambda: balance.take(1, 1), lambda: balance.wait_for_room(1)):
+        with pytest.raises(TrainingError, match="gone for good"):
+            wait()
+
+
+def test_a_pause_waits_until_no_replica_is_at_work():
+    balance = Balance(2, max_sequences=4)
+    balance.take(5, 1)
+    assert not balance.pause(0.01)
+    assert balance.take(1, 1) is None
+    balance.give_back(0, 5, 1)
+    assert balance.pause(0.01)
+    balance.resume()
+    assert balance.take(1, 1) == 0
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -121,8 +149,13 @@ def test_replicas_in_processes_draw_what_one_process_would(local_ray):
     ("fault", "deadline_s", "kind", "told"),
     [
         ("raises", DEADLINE_S, GuardError, r"^rollout-1\.generate: the weights are gone$"),
-        ("dies", DEADLINE_S, TrainingError, r"^rollout-1\.generate: the process died"),
-        ("hangs", 4.0, TrainingError, r"^rollout-1\.generate gave no answer within 4 s \(ray\.call_timeout_s\)$"),
+        ("dies", DEADLINE_S, LostProcess, r"^rollout-1\.generate: the process died"),
+        (
+            "hangs",
+            4.0,
+            LostProcess,
+            r"^rollout-1\.generate gave no answer within 4 s \(ray\.call_timeout_s\) on .*; it hangs",
+        ),
     ],
 )
 def test_a_failed_replica_is_named(local_ray, fault, deadline_s, kind, told):

@@ -172,7 +172,8 @@ def in_ray(replicas: int = 1, ranks: int = 1) -> tuple[Roles, WithCritic]:
     def model(role: str, ranks: int = 1) -> RayModel:
         actors = [ray.remote(IdleModel).options(num_cpus=0).remote(rank, ranks) for rank in range(ranks)]
         group = RankGroup(role, actors, DEADLINE_S)
-        return RayModel(group, [actor.build.remote() for actor in actors])
+        group.building = [actor.build.remote() for actor in actors]
+        return RayModel(group)
 
     kind = ray.remote(concurrency_groups={"generate": CALLS})(IdleReplica)
     engines = [kind.options(num_cpus=0).remote() for _ in range(replicas)]

@@ -79,7 +79,9 @@ def prompts_of(count: int) -> list[Prompt]:
 
 def model(world: World, role: str, ranks: int, rows: int, width: int, measured: int) -> RayModel:
     handles = [Rank(world, rank, ranks, rows, width, measured) for rank in range(ranks)]
-    return RayModel(RankGroup(role, handles, 60.0), [Reference() for _ in handles])  # type: ignore[arg-type]
+    group = RankGroup(role, handles, 60.0)  # type: ignore[arg-type]
+    group.building = [Reference() for _ in handles]
+    return RayModel(group)
 
 
 def scheduling(replicas: int, ranks: int, prompts: int, samples: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rlhf.data.reading import read_conversations, read_preferences, read_prompts
 from rlhf.data.tokenize import tokenize_prompts
 from rlhf.recipe.base import PathData
-from rlhf.rewards.function import load_function
+from rlhf.rewards.user_function import load_function
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DATA = RECIPES / "data"

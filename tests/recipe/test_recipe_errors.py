@@ -1,5 +1,6 @@
 """Bad recipes: the exact line a user reads, position included."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_schema_errors(folder, text, old, new, expected):
     assert message(folder, text.replace(old, new, 1)) == expected
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("kind: reward", "kid: reward", "recipe.yaml:13:5: stages.rm.kid: unknown key (did you mean kind?)"),
+        ("{kind: model", "{kidn: model", "recipe.yaml:19:14: stages.ppo.reward.kidn: unknown key (did you mean kind?)"),
+        ("data: {stage", "data: {stgae", "recipe.yaml:15:12: stages.rm.data.stgae: unknown key (did you mean stage?)"),
+        ("name: trial\n", "name: trial\nextend: x\n", "recipe.yaml:2:1: extend: unknown key (did you mean extends?)"),
+    ],
+)
+def test_a_typo_in_a_key_that_chooses_between_sections_has_a_hint(folder, text, old, new, expected):
+    assert expected in message(folder, text.replace(old, new, 1)).splitlines()
+
+
+def test_a_mistake_in_an_anchor_is_said_once(folder, text):
+    shared = text.replace("data: {stage: pairs}", "data: &d {stage: pairs, stpe: 1}", 1)
+    shared = shared.replace("data: {stage: pairs}", "data: *d")
+    assert message(folder, shared) == "recipe.yaml:15:29: stages.rm.data.stpe: unknown key (did you mean stage?)"
+
+
 def test_several_problems_come_in_the_order_of_the_file(folder, text):
     text = text.replace("steps: 3", "steps: -3").replace("init: sft", "intt: sft").replace("name: trial", "name: 5")
     assert message(folder, text).splitlines() == [
@@ -151,6 +171,10 @@ def test_at_most_six_lines(folder, text):
         ("name: a\nseed: .nan\n", "recipe.yaml:2:7: numbers must be finite and below 2**63"),
         ("name: a\nseed: 0x" + "f" * 5000, "recipe.yaml:2:7: numbers must be finite and below 2**63"),
         ('name: "\\ud800"\n', "recipe.yaml:1:7: half of a surrogate pair is no character"),
+        ("%YAML 9.9\n---\nname: a\n", "recipe.yaml:1:1: a recipe needs no % directives"),
+        ("name: a\n%YAML 9.9\n---\n", "recipe.yaml:2:1: a recipe needs no % directives"),
+        ("%TAG ! tag:x,2000:\n---\nname: a\n", "recipe.yaml:1:1: a recipe needs no % directives"),
+        ('extends: "a\\0b"\n', "recipe.yaml:1:10: text must not hold the character U+0000"),
         ("name: a\n1: b\n", "recipe.yaml:2:1: keys must be text, got 1"),
         ("a: " + "[" * 60 + "]" * 60, "recipe.yaml:1:53: nested deeper than 50 levels"),
     ],
@@ -159,16 +183,45 @@ def test_not_a_recipe(folder, text, expected):
     assert message(folder, text) == expected
 
 
-def test_alias_bomb_is_refused(folder):
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("deep: " + "[" * 60_000, "recipe.yaml:1:56: nested deeper than 50 levels"),
+        ("deep: " + "{a: " * 30_000, "recipe.yaml:1:200: nested deeper than 50 levels"),
+        ("- " * 60_000, "recipe.yaml:1:101: nested deeper than 50 levels"),
+        ("? " * 60_000, "recipe.yaml:1:101: nested deeper than 50 levels"),
+        ("".join(" " * depth + "a:\n" for depth in range(400)), "recipe.yaml:50:50: nested deeper than 50 levels"),
+    ],
+)
+def test_what_would_take_very_long_to_read_is_refused_at_once(folder, text, expected):
+    began = time.process_time()
+    assert message(folder, text) == expected
+    assert time.process_time() - began < 1
+
+
+def test_alias_bombs_are_refused(folder):
     bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
     bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
-    assert message(folder, bomb) == "recipe.yaml:1:34: with its aliases more than 20000 values or 50 levels"
-    chain = "a0: &a0 {b: 1}\n" + "".join(f"a{n}: &a{n} {{b: *a{n - 1}}}\n" for n in range(1, 500))
-    assert message(folder, chain) == "recipe.yaml:1:10: with its aliases more than 20000 values or 50 levels"
+    assert message(folder, bomb) == "recipe.yaml:4:45: with its aliases more than 10000 keys and values"
+    merges = "b: &b {" + ", ".join(f"k{n}: 1" for n in range(200)) + "}\n"
+    merges += "".join(f"c{n}: {{<<: *b}}\n" for n in range(5000))
+    began = time.process_time()
+    assert message(folder, merges) == "recipe.yaml:25:11: with its aliases more than 10000 keys and values"
+    assert time.process_time() - began < 1
+    chain = "a0: &a0 {b: 1}\n" + "".join(f"a{n}: &a{n} {{b: *a{n - 1}}}\n" for n in range(1, 120))
+    assert message(folder, chain) == "recipe.yaml:1:10: nested deeper than 50 levels"
 
 
-def test_an_alias_inside_its_own_anchor_ends(folder, text):
-    assert message(folder, text + "lora: &l {r: *l}\n") == "recipe.yaml:36:7: lora.r: must be a whole number, got null"
+@pytest.mark.parametrize("ring", ["lora: &l {r: *l}\n", "lora: &l {<<: *l}\n"])
+def test_an_alias_inside_its_own_anchor_is_refused(folder, text, ring):
+    column = ring.index("*") + 1
+    assert message(folder, text + ring) == f"recipe.yaml:36:{column}: *l stands inside of what it repeats"
+
+
+@pytest.mark.parametrize("value", ["!!bool maybe", "!!binary aGk=", "!!set {a}", "!mine x", "!!omap [a: 1]"])
+def test_tags_are_refused(folder, text, value):
+    plain = "only text, numbers, true, false and null are allowed; quote this value"
+    assert message(folder, text + f"lora: {value}\n") == f"recipe.yaml:36:7: {plain}"
 
 
 def test_line_breaks_in_a_key_stay_on_one_line(folder, text):
@@ -190,8 +243,8 @@ def test_missing_folder_and_oversized_recipe(folder):
         with pytest.raises(RecipeError) as caught:
             load_recipe(Path(path))
         assert str(caught.value) == expected
-    folder.write("big.yaml", "# " + "x" * (1 << 20))
-    with pytest.raises(RecipeError, match=r"^big.yaml: larger than 1024 KiB"):
+    folder.write("big.yaml", "# " + "x" * (128 << 10))
+    with pytest.raises(RecipeError, match=r"^big.yaml: larger than 128 KiB"):
         load_recipe(Path("big.yaml"))
 
 

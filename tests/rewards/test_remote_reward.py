@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from local_server import Answer, LocalServer
 from rlhf.errors import DataError, RecipeError, TrainingError
 from rlhf.recipe.base import HttpJudge
 from rlhf.recipe.load import load_recipe
-from rlhf.rewards.remote import HttpReward
+from rlhf.rewards.breaker import OPENS_AFTER, Breaker
+from rlhf.rewards.remote import BATCHES_AT_ONCE, HttpReward
 from rlhf.types import Prompt, Rollout
 
 SECRET = "s3cret-token"
@@ -52,9 +55,11 @@ def test_every_response_is_scored_once_and_in_order():
         scores = reward(f"{server.url}/score", batch_size=3).score([rollout(n) for n in range(8)]).result()
     assert scores.dtype == torch.float32
     assert scores.tolist() == [n / 2 for n in range(8)]
-    sent = [item for asked in server.asked for item in asked.body["items"]]
+    batches = sorted((asked.body["items"] for asked in server.asked), key=lambda items: items[0]["metadata"]["n"])
+    sent = [item for items in batches for item in items]
     assert sent == [{"prompt": f"prompt {n}", "response": f"response {n}", "metadata": {"n": n}} for n in range(8)]
-    assert [len(asked.body["items"]) for asked in server.asked] == [3, 3, 2]
+    assert [len(items) for items in batches] == [3, 3, 2]
+    assert all(asked.headers["Accept-Encoding"] == "identity" for asked in server.asked)
     assert {asked.path for asked in server.asked} == {"/score"}
     assert all(set(asked.body) == {"items"} for asked in server.asked)
 
@@ -79,7 +84,8 @@ def test_a_batch_that_succeeded_is_not_sent_again_when_a_later_one_fails_at_firs
     with LocalServer(lambda n, body: Answer({}, 500) if n == 1 else length_scores(n, body)) as server:
         scores = reward(server.url, batch_size=1).score([rollout(n) for n in range(3)]).result()
     assert scores.tolist() == [0.0, 0.5, 1.0]
-    assert [asked.body["items"][0]["metadata"]["n"] for asked in server.asked] == [0, 1, 1, 2]
+    asked = [asked.body["items"][0]["metadata"]["n"] for asked in server.asked]
+    assert sorted(asked) == sorted([0, 1, 2, asked[1]])
 
 
 def test_retry_after_in_seconds_is_honoured():
@@ -120,7 +126,7 @@ def test_the_deadline_ends_all_attempts():
 
 def test_a_service_that_stays_down_is_named_with_status_attempts_and_prompt():
     with LocalServer(lambda number, body: Answer(b"out of\n memory", 500)) as server:
-        message = failure(reward(f"{server.url}/v1", deadline_s=1.0, batch_size=2), count=3)
+        message = failure(reward(f"{server.url}/v1", deadline_s=1.0, batch_size=2), count=2)
     count = len(server.asked)
     assert count > 1
     assert message == f"{server.url}/v1: status 500: out of memory (after {count} attempts, first prompt id id-0)"
@@ -167,6 +173,94 @@ def test_an_answer_of_the_wrong_form_is_an_error_and_never_a_zero(body, said):
     assert message.startswith(f"{server.url}: status 200, {said}")
     assert message.endswith("(after 1 attempt, first prompt id id-0)")
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer(b" " * 5000 + b'{"scores": [1]}'), "status 200, but the answer is longer than 0 MiB"),
+        (Answer(gzip.compress(b" " * 10**7), headers={"Content-Encoding": "gzip"}),
+         "status 200, but the answer is longer than 0 MiB"),
+        (Answer(gzip.compress(b'{"scores": [1]}'), headers={"Content-Encoding": "GZIP"}),
+         "status 200, but the answer is packed (gzip), which was not asked for"),
+        (Answer(b"[" * 4000), "status 200, but in the answer Invalid JSON: recursion limit exceeded"),
+        (Answer(b"\x1b]0;title\x07\x1b[31mred", 404), "status 404: ]0;title [31mred"),
+        (Answer(b"<p>" * 1000, 404), f"status 404: {('<p>' * 1000)[:200]} (after"),
+    ],
+)  # fmt: skip
+def test_what_is_read_and_what_is_shown_of_an_answer_is_bounded(monkeypatch, answer, said):
+    monkeypatch.setattr("rlhf.rewards.http.LARGEST_ANSWER", 4096)
+    with LocalServer(lambda number, body: answer) as server:
+        assert failure(reward(server.url)).startswith(f"{server.url}: {said}")
+
+
+def test_a_redirect_is_not_followed():
+    with LocalServer(length_scores) as other:
+        moved = Answer({}, 307, {"Location": other.url})
+        with LocalServer(lambda number, body: moved) as server:
+            assert failure(reward(server.url)).startswith(f"{server.url}: status 307")
+    assert other.asked == []
+
+
+def test_a_few_batches_are_asked_for_at_once():
+    with LocalServer(lambda number, body: Answer(length_scores(number, body).body, delay=0.1)) as server:
+        scores = reward(server.url, batch_size=1).score([rollout(n) for n in range(12)]).result()
+    assert scores.tolist() == [n / 2 for n in range(12)]
+    assert 2 <= server.most <= BATCHES_AT_ONCE
+
+
+def test_batches_without_scores_are_nan_only_where_the_recipe_allows_it(caplog):
+    def one_bad(_: int, body: Any) -> Answer:
+        return Answer({}, 400) if body["items"][0]["metadata"]["n"] == 2 else length_scores(_, body)
+
+    with LocalServer(one_bad) as server:
+        source = reward(server.url, batch_size=2, on_error="skip_group")
+        scores = source.score([rollout(n) for n in range(5)]).result().tolist()
+        assert [scores[0], scores[1], scores[4]] == [0.0, 0.5, 2.0]
+        assert [math.isnan(score) for score in scores] == [False, False, True, True, False]
+        said = f"{server.url}: status 400: {{}} (after 1 attempt, first prompt id id-2)"
+        assert source.failure == said
+        assert f"{said}; the prompts of this batch are left out" in caplog.text
+        assert failure(reward(server.url, batch_size=2), count=5) == said
+
+
+def test_a_service_that_is_down_is_left_alone_and_asked_again_once_after_a_pause():
+    down = True
+    with LocalServer(lambda number, body: Answer({}, 503) if down else length_scores(number, body)) as server:
+        source = reward(server.url, deadline_s=0.01)
+        source.endpoint.breaker.pause_s = 0.5
+        for _ in range(OPENS_AFTER):
+            assert "(after 1 attempt, " in failure(source)
+        said = f"{server.url}: status 503: {{}}; not asked, for that was failure 3 in a row: it is left alone for "
+        assert failure(source).startswith(said)
+        assert len(server.asked) == OPENS_AFTER
+        time.sleep(0.5)
+        assert "(after 1 attempt, " in failure(source)
+        assert "failure 4 in a row" in failure(source)
+        assert len(server.asked) == OPENS_AFTER + 1
+        time.sleep(0.5)
+        down = False
+        assert source.score([rollout(4)]).result().tolist() == [2.0]
+        down = True
+        assert "not asked" not in failure(source)
+
+
+def test_a_probe_has_one_attempt_and_everybody_else_waits_for_it():
+    breaker = Breaker(pause_s=0.2)
+    for _ in range(OPENS_AFTER - 1):
+        breaker.failed("busy")
+    breaker.succeeded()
+    for _ in range(OPENS_AFTER - 1):
+        breaker.failed("busy")
+    assert breaker.refusal() is None
+    assert not breaker.probing
+    breaker.failed("busy")
+    assert breaker.refusal().startswith("busy; not asked")
+    time.sleep(0.2)
+    assert (breaker.refusal(), breaker.probing) == (None, True)
+    assert breaker.refusal() is not None
+    breaker.succeeded()
+    assert (breaker.refusal(), breaker.probing) == (None, False)
 
 
 def test_whole_numbers_are_numbers():

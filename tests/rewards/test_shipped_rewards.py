@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.rewards.function import load_function
+from rlhf.rewards.user_function import load_function
 
 REWARDS = Path(__file__).parents[2] / "recipes" / "rewards"
 SIZE = {"thing": "lamp", "aspect": "size"}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rlhf.interrupts import Interrupts
 from rlhf.local import LocalLauncher
 from rlhf.progress import Display
 from rlhf.recipe.base import Budget, FunctionJudge, PathData
@@ -23,6 +24,7 @@ from rlhf.recipe.schema import ModelSource, Recipe
 from rlhf.roles import Ready, Roles
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored
+from rlhf.stages.recovery import StageRecovery
 from rlhf.tracking import Tracker
 from rlhf.types import Metrics, Prompt, Rollout, TokenBatch, TokenScores
 
@@ -55,7 +57,8 @@ def stage_of(kind: str, **settings: Any) -> Any:
 def context_of(stage: OnlineStage, folder: Path, budget: Budget | None = None) -> StageContext:
     recipe = Recipe(name="made", model=ModelSource(path="tiny://llama"), stages=[stage], budget=budget)
     tracker = Tracker(stage.name, folder, Display(Console(quiet=True)), None)
-    return StageContext(recipe, stage, folder, {}, LocalLauncher(recipe), tracker, {}, 64, 1)
+    recovery = StageRecovery(folder / "state", "", {}, recipe.recovery, tracker, Interrupts())
+    return StageContext(recipe, stage, folder, {}, LocalLauncher(recipe), tracker, {}, 64, 1, recovery)
 
 
 def scored_of(scores: list[float], per_prompt: int = 3, kl: float = 0.0) -> Scored:

@@ -17,7 +17,7 @@ from rlhf.errors import GuardError
 from rlhf.models.tiny import build_tiny, byte_tokenizer
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import watcher
+from rlhf.stage_run import watcher
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke"
 BRANCHES = (

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.data.pairs import read_pairs
 from rlhf.errors import DataError, RecipeError
+from rlhf.interrupts import Interrupts
 from rlhf.local import LocalLauncher, LocalModel
 from rlhf.progress import Display
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.schema import Recipe
-from rlhf.run import STAGES
+from rlhf.stage_run import STAGES
 from rlhf.stages.context import StageContext
+from rlhf.stages.recovery import StageRecovery
 from rlhf.tracking import Tracker
 
 METHODS = ("dpo", "cdpo", "dpo_length", "dpo_nll", "robust", "ipo", "hinge", "simpo", "orpo", "kto")
@@ -115,16 +117,18 @@ def run_stage(method: str, finished: Path, folder: Path, *overrides: str) -> tup
     target = folder / "stages" / method
     target.mkdir(parents=True)
     with Display(Console(quiet=True)) as display:
+        tracker = Tracker(method, target, display, None)
         context = StageContext(
             recipe=recipe,
             stage=stage,
             folder=target,
             outputs={name: finished / "stages" / name for name in ("sft", "pairs")},
             launcher=launcher,
-            tracker=Tracker(method, target, display, None),
+            tracker=tracker,
             threads={"policy": 1},
             max_length=80,
             devices=1,
+            recovery=StageRecovery(target / "state", "", {}, recipe.recovery, tracker, Interrupts()),
         )
         return STAGES[stage.kind](stage, context), launcher
 

@@ -1,0 +1,209 @@
+"""What a folder must hold: size and sha256 of every file, and the manifest that keeps them beside a saved state."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from rlhf.errors import ResourceError, TrainingError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+FIELDS = {"format": int, "step": int, "key": str, "info": dict, "files": dict}
+MOST_READERS = 8
+DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN)  # not of the reader
+
+
+class Seal(TypedDict):
+    """Size in bytes and hexadecimal sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class DamagedManifest(Exception):
+    """A manifest is missing, unreadable or not as it was written; the message says which, for people."""
+
+
+def seal(folder: Path) -> dict[str, Seal]:
+    """Flush every file and folder below `folder` to disk and return the seals of its files by relative path.
+
+    Raises OSError when one cannot be read or flushed, and TrainingError for a symbolic link or a device: what it
+    shows could change without the folder changing.
+    """
+    files, folders, odd = _contents(folder)
+    if odd:
+        name, what = next(iter(odd.items()))
+        raise TrainingError(f"{folder / name}: {what}; only plain files and folders can be kept")
+    with _readers(len(files)) as pool:
+        seals = dict(zip(files, pool.map(_read_and_flush, files.values()), strict=True))
+    for below in (*folders, folder):
+        flush_folder(below)
+    return seals
+
+
+def broken(folder: Path, sealed: Mapping[str, Any], beside: Collection[str] = ()) -> list[str]:
+    """Return every difference between `folder` and the seals that `seal` returned, in words; empty when whole.
+
+    Files named in `beside` may be there too. Symbolic links are not followed, nor is any path that leaves the folder;
+    empty folders do not matter. Raises ResourceError when this process may not read a file, or not now.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return [".: not a folder"]
+    try:
+        files, _, odd = _contents(folder)
+    except FileNotFoundError:
+        return [".: missing"]
+    except OSError as error:
+        return [f".: {_unreadable(folder, error)}"]
+    names = sorted(sealed)
+    with _readers(len(names)) as pool:
+        verdicts = pool.map(lambda name: odd.get(name) or _difference(name, sealed[name], files.get(name)), names)
+        found = [f"{shown(name)}: {wrong}" for name, wrong in zip(names, verdicts, strict=True) if wrong]
+    found += [f"{shown(name)}: {what}" for name, what in odd.items() if name not in sealed]
+    return found + [
+        f"{shown(name)}: not in the manifest" for name in files if name not in sealed and name not in beside
+    ]
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` (step, key, info, files; JSON values only) to the folder's manifest and flush both."""
+    body = {"format": FORMAT, **content}
+    text = _rendered({**body, "sha256": _digest(body)})
+    with open(folder / MANIFEST, "x", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of the folder's manifest, every byte of it checked.
+
+    Raises DamagedManifest, or ResourceError when it cannot be read now.
+    """
+    try:
+        with open(folder / MANIFEST, "rb", opener=_open_plain) as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise DamagedManifest(f"{MANIFEST}: missing") from None
+    except OSError as error:
+        raise DamagedManifest(f"{MANIFEST}: {_unreadable(folder / MANIFEST, error)}") from None
+    try:
+        whole = json.loads(data)
+        body = {name: value for name, value in whole.items() if name != "sha256"}
+        intact = whole.get("sha256") == _digest(body) and _rendered(whole).encode("ascii") == data
+    except (ValueError, AttributeError, RecursionError):
+        raise DamagedManifest(f"{MANIFEST}: truncated or damaged") from None
+    if not intact:
+        raise DamagedManifest(f"{MANIFEST}: changed since it was written")
+    if body.get("format") != FORMAT:
+        raise DamagedManifest(f"{MANIFEST}: format {body.get('format')!r}, this version reads {FORMAT}")
+    for name, kind in FIELDS.items():
+        if not isinstance(body.get(name), kind):
+            raise DamagedManifest(f"{MANIFEST}: {name} is missing or of another type")
+    return body
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the entries of a folder durable, where its file system can do that."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def shown(name: str) -> str:
+    """Return a file's name fit for a terminal."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _contents(folder: Path) -> tuple[dict[str, Path], list[Path], dict[str, str]]:
+    """Return the plain files by relative path, the folders deepest first, and what is neither, in words."""
+    files: dict[str, Path] = {}
+    folders: list[Path] = []
+    odd: dict[str, str] = {}
+    waiting = [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = Path(entry.path)
+                name = path.relative_to(folder).as_posix()
+                if entry.is_symlink():
+                    odd[name] = "a symbolic link"
+                elif entry.is_dir():
+                    folders.append(path)
+                    waiting.append(path)
+                elif entry.is_file():
+                    files[name] = path
+                else:
+                    odd[name] = "neither file nor folder"
+    return files, sorted(folders, key=lambda path: -len(path.parts)), odd
+
+
+def _difference(name: str, sealed: Any, path: Path | None) -> str:
+    """Return what is wrong with one file, "" when it is as it was sealed."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return "the path leaves the folder"
+    if path is None:
+        return "missing"
+    if not isinstance(sealed, Mapping) or not isinstance(sealed.get("size"), int):
+        return "sealed with neither size nor sha256"
+    try:
+        size = path.lstat().st_size
+        if size != sealed["size"]:
+            return f"{'truncated' if size < sealed['size'] else 'grown'}: {size} of {sealed['size']} bytes"
+        return "" if _read(path, flush=False) == sealed else "changed"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    """Return in words how a file is damaged; raise ResourceError when it may be whole and only cannot be read now."""
+    if error.errno in DAMAGE:
+        return f"cannot be read: {error.strerror}"
+    raise ResourceError(
+        f"{path}: cannot be read: {error.strerror}; mend that and run again, nothing is lost"
+    ) from error
+
+
+def _read_and_flush(path: Path) -> Seal:
+    return _read(path, flush=True)
+
+
+def _read(path: Path, flush: bool) -> Seal:
+    with open(path, "rb", buffering=0, opener=_open_plain) as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+        return {"size": file.tell(), "sha256": sha256}
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """Open a file without following a symbolic link or waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _readers(files: int) -> ThreadPoolExecutor:
+    """Threads that hash side by side: hashlib lets go of the interpreter's lock."""
+    return ThreadPoolExecutor(max(1, min(files, MOST_READERS, len(os.sched_getaffinity(0)))))
+
+
+def _rendered(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_rendered(content).encode("ascii")).hexdigest()

@@ -1,0 +1,151 @@
+"""Runs the stages of a recipe: what is done is reused, what was interrupted goes on, what failed is retried."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.algorithms.preference import PAIR_LOSSES
+from rlhf.errors import GuardError, LostProcess, RlhfError, TrainingError
+from rlhf.fingerprint import folder_digest, stage_content
+from rlhf.interrupts import Interrupted, Interrupts
+from rlhf.progress import Display
+from rlhf.recipe.resources import accelerators, threads
+from rlhf.recipe.schedule import longest
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.stage_schema import Stage
+from rlhf.report.curves import Curve
+from rlhf.report.diagnosis import diagnose_curve
+from rlhf.roles import Launcher
+from rlhf.run_folder import STATES, StageFolder
+from rlhf.stages import annotate, compare, kto, online, preference, reward, sft
+from rlhf.stages.context import StageContext
+from rlhf.stages.recovery import StageRecovery
+from rlhf.stages.sft import Summary
+from rlhf.tracking import Tracker, WandbSink
+
+log = logging.getLogger("rlhf")
+GROWTH = 1.05
+STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
+    "sft": sft.run,
+    "annotate": annotate.run,
+    "reward": reward.run,
+    "compare": compare.run,
+    **dict.fromkeys(PAIR_LOSSES, preference.run),
+    "kto": kto.run,
+    **dict.fromkeys(("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "online_dpo"), online.run),
+}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all stages of a run share; `models` maps `base` and the recipe's checkpoints to their folders."""
+
+    recipe: Recipe
+    folder: Path
+    models: Mapping[str, Path]
+    cpus: float
+    launcher: Launcher
+    display: Display
+    interrupts: Interrupts
+    wandb: WandbSink | None
+
+
+def run_stages(run: Surroundings, restart: Collection[str] = ()) -> None:
+    """Run all stages that are not done; those of `restart` begin anew. Stages whose files are damaged run again."""
+    recipe = run.recipe
+    keys = {name: folder_digest(model) for name, model in run.models.items()}
+    outputs = dict(run.models)
+    for number, stage in enumerate(recipe.stages, start=1):
+        made = StageFolder(run.folder / "stages" / stage.name, stage_content(stage, recipe, keys))
+        keys[stage.name], outputs[stage.name] = made.key, made.folder
+        label = f"[{number}/{len(recipe.stages)}] {stage.name}"
+        if stage.name not in restart and made.reusable():
+            run.display.say(f"{label}: unchanged, reused")
+            continue
+        made.prepare(restart=stage.name in restart)
+        began = time.monotonic()
+        summary = _until_done(run, stage, made, outputs)
+        run.display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
+
+
+def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> Summary:
+    """Run a stage; when a process that holds its state is lost, go on from the last saved one with new processes."""
+    for attempt in range(run.recipe.recovery.restarts + 1):
+        context = _context(run, stage, made, outputs)
+        try:
+            summary = _attempt(stage, context)
+        except LostProcess as error:
+            if attempt == run.recipe.recovery.restarts:
+                raise
+            log.warning("%s; goes on with new processes (%d of %d)", error, attempt + 1, run.recipe.recovery.restarts)
+            run.launcher.recover()
+            continue
+        run.launcher.release()
+        made.finish(summary, context.cost())
+        return summary
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> StageContext:
+    tracker = Tracker(stage.name, made.folder, run.display, run.wandb, watcher(stage, run.recipe))
+    return StageContext(
+        recipe=run.recipe,
+        stage=stage,
+        folder=made.folder,
+        outputs=outputs,
+        launcher=run.launcher,
+        tracker=tracker,
+        threads=threads(run.recipe, stage, int(run.cpus)),
+        max_length=longest(run.recipe),
+        devices=accelerators(run.recipe, stage) or run.cpus,
+        recovery=StageRecovery(
+            made.folder / STATES, made.key, made.content, run.recipe.recovery, tracker, run.interrupts
+        ),
+    )
+
+
+def _attempt(stage: Stage, context: StageContext) -> Summary:
+    try:
+        return STAGES[stage.kind](stage, context)
+    except Interrupted as stop:
+        raise Interrupted(stop.number, f"stage {stage.name}{f', {stop}' if str(stop) else ''}") from None
+    except RlhfError as error:
+        log.info("stage %s", stage.name, exc_info=True)
+        at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
+        raise type(error)(f"{at}: {error}") from error
+    except Exception as error:
+        log.exception("stage %s", stage.name)
+        raise TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log") from error
+
+
+def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
+    """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that.
+
+    A curve is read again when it has grown by a twentieth, so that the cost of long runs grows with their length.
+    """
+    said: set[str] = set()
+    due = 0.0
+
+    def watch(curve: Curve) -> None:
+        nonlocal due
+        if len(curve) < due:
+            return
+        due = GROWTH * len(curve)
+        for diagnosis in diagnose_curve(stage.kind, curve):
+            if diagnosis.severity == "stop" and recipe.on_diagnosis == "stop":
+                raise GuardError(str(diagnosis))
+            if diagnosis.name not in said:
+                said.add(diagnosis.name)
+                log.warning("%s: %s", stage.name, diagnosis)
+
+    return watch
+
+
+def _brief(summary: Summary) -> str:
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in summary.items()}
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
