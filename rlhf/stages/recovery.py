@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +105,3 @@ class StageRecovery:
         checkpoint.prune(self.root, self.settings.keep_last, (best.metric, best.mode) if best else None)
         self.last = time.monotonic()
         return saved
-
-    def clear(self) -> None:
-        """Remove all states: the stage is done."""
-        shutil.rmtree(self.root, ignore_errors=True)

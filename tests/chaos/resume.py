@@ -1,7 +1,8 @@
 """Stops a run after every step of every kind of training, goes on, and compares with the run that never stopped.
 
 SIGINT arrives while step k is being recorded; what it leaves is then taken up in a new run, as `rlhf run` would. A
-tiny model, every role in this process: weights, optimizer and metrics must be equal bit for bit.
+tiny model, every role in this process; `late` draws each step's rollouts one step ahead. Weights, optimizer and
+metrics must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rlhf.run import run_recipe
 from rlhf.tracking import Tracker
 from tests.chaos.row import Row, only
 
-KINDS = ("sft", "rm", "dpo", "ppo", "grpo")
+KINDS = ("sft", "rm", "dpo", "ppo", "grpo", "late")
 STEPS = 10
 COUNT = len(KINDS) * STEPS
 DATA = Path(__file__).parents[2] / "recipes"
@@ -53,6 +54,7 @@ stages:
   - {{name: dpo, kind: dpo, policy: sft, data: {{stage: pairs}}, batch_size: 2}}
   - {{name: ppo, kind: ppo, reward: {{kind: model, stage: rm}}, {ONLINE}}}
   - {{name: grpo, kind: grpo, reward: {JUDGE}, {ONLINE}}}
+  - {{name: late, kind: grpo, reward: {JUDGE}, staleness: 1, {ONLINE}}}
 """
 MEASURED = re.compile("time|seconds_.*|tokens_per_second")
 
@@ -105,7 +107,7 @@ def saved(folder: Path, stage: str) -> dict[str, Any]:
 
 def copy_until(source: Path, target: Path, stage: str) -> None:
     """Begin a run folder with what comes before a stage."""
-    for name in ("sft", "pairs", "rm", "dpo", "ppo", "grpo"):
+    for name in ("sft", "pairs", "rm", "dpo", "ppo", "grpo", "late"):
         if name == stage:
             return
         shutil.copytree(source / "stages" / name, target / "stages" / name)
@@ -119,7 +121,7 @@ def run(count: int, rng: random.Random) -> Row:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "recipe.yaml").write_text(RECIPE)
         twin = Path(name) / "twin"
-        assert go(twin, "grpo")
+        assert go(twin, "late")
         steps = {kind: len(final(twin, kind)[0]) for kind in KINDS}
         last = {}
         for kind in KINDS:

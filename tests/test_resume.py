@@ -1,0 +1,193 @@
+"""What `rlhf run` does with a folder that holds an unfinished, a changed or a damaged run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rlhf.checkpoint import states
+from rlhf.cli import main
+from rlhf.errors import LostProcess
+from rlhf.fingerprint import differences
+from rlhf.interrupts import Interrupted, Interrupts
+from rlhf.local import LocalLauncher, LocalModel
+from rlhf.tracking import Tracker
+
+RECIPE = """\
+name: trial
+model: {path: "tiny://llama", dtype: float32}
+lora: {r: 4}
+roles: {rollout: {engine: transformers}}
+recovery: {every_steps: 1, keep_last: 2}
+stages:
+  - {name: sft, kind: sft, data: {path: sft.jsonl}, batch_size: 1, epochs: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(4)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def run(folder: Path, *options: str) -> Result:
+    command = ["run", str(folder / "recipe.yaml"), "--local", "--output", str(folder / "out"), *options]
+    return CliRunner().invoke(main, command)
+
+
+def steps(folder: Path) -> list[int]:
+    lines = (folder / "out" / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that SIGTERM has ended after step 3 of 8."""
+    record = Tracker.log
+
+    def log(tracker: Tracker, step: int, metrics: dict) -> None:
+        record(tracker, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log)
+        result = run(folder)
+    assert result.exit_code == 143
+    assert result.stderr == "interrupted in stage sft, after step 3, which is saved; the same command goes on\n"
+    return folder
+
+
+def test_an_interrupted_run_goes_on(stopped):
+    state = stopped / "out" / "stages" / "sft" / "state"
+    assert [path.name for path in states(state)] == ["step-00000002", "step-00000003"]
+    result = run(stopped)
+    assert result.exit_code == 0
+    assert "sft goes on after step 3" in result.stdout
+    assert steps(stopped) == list(range(1, 9))
+    assert not state.exists()
+
+
+def test_other_settings_are_shown_and_refused_until_the_stage_is_restarted(stopped):
+    result = run(stopped, "--set", "stages.sft.epochs=3", "--set", "seed=5")
+    assert result.exit_code == 2
+    assert "sft was interrupted after step 3 with other settings: seed 17 -> 5, epochs 2 -> 3" in result.stderr
+    assert "--restart sft" in result.stderr
+    result = run(stopped, "--set", "stages.sft.epochs=3", "--restart", "sft")
+    assert result.exit_code == 0, result.stderr
+    assert steps(stopped) == list(range(1, 13))
+
+
+def test_a_damaged_state_is_set_aside_and_the_one_before_is_used(stopped):
+    state = stopped / "out" / "stages" / "sft" / "state"
+    file = next((state / "step-00000003").glob("policy-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert CliRunner().invoke(main, ["checkpoint", "verify", str(stopped / "out")]).exit_code == 5
+    result = run(stopped)
+    assert result.exit_code == 0
+    assert "is damaged" in result.stdout
+    assert "sft goes on after step 2" in result.stdout
+    assert steps(stopped) == list(range(1, 9))
+
+
+def test_an_unknown_stage_cannot_be_restarted(folder):
+    result = run(folder, "--restart", "ppo")
+    assert (result.exit_code, "no such stage" in result.stderr) == (2, True)
+
+
+def test_a_finished_stage_runs_again_when_its_model_is_damaged(folder):
+    assert run(folder).exit_code == 0
+    assert "unchanged, reused" in run(folder).stdout
+    model = folder / "out" / "stages" / "sft" / "model" / "model.safetensors"
+    digest = model.read_bytes()
+    model.write_bytes(digest[:-8])
+    result = run(folder)
+    assert "runs again: it is damaged (model.safetensors: truncated" in " ".join(result.stdout.split())
+    assert model.read_bytes() == digest
+
+
+def test_a_lost_process_makes_the_stage_go_on_from_its_last_state(folder, monkeypatch):
+    losses = iter([4, 4])  # in the fourth update of each of the first two attempts
+
+    class Losing(LocalModel):
+        def __init__(self, spec):
+            super().__init__(spec)
+            self.left = next(losses, 100)
+
+        def train(self, *arguments):
+            self.left -= 1
+            if self.left == 0:
+                raise LostProcess("policy.train: the process died")
+            return super().train(*arguments)
+
+    monkeypatch.setattr(LocalLauncher, "policy", lambda self, spec: Losing(spec))
+    result = run(folder)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("goes on with new processes") == 2
+    assert "goes on after step 3" in result.stdout
+    assert "goes on after step 6" in result.stdout
+    assert steps(folder) == list(range(1, 9))
+
+
+def test_what_is_lost_too_often_ends_the_run(folder, monkeypatch):
+    def lost(self, spec):
+        raise LostProcess("policy.build: the process died")
+
+    monkeypatch.setattr(LocalLauncher, "policy", lost)
+    result = run(folder, "--set", "recovery.restarts=2")
+    assert (result.exit_code, result.stdout.count("goes on with new processes")) == (5, 2)
+
+
+def test_signals_wait_where_they_may_and_the_second_does_not():
+    said: list[str] = []
+    with Interrupts(said.append) as interrupts:
+        with pytest.raises(Interrupted) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.value.exit_code == 130
+        interrupts.wanted = None
+        reached: list[str] = []
+
+        def work(signals: int) -> None:
+            with interrupts.deferred():
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    reached.append(f"after {signals}")
+
+        with pytest.raises(Interrupted):
+            work(1)
+        assert (reached, len(said)) == (["after 1"], 1)
+        interrupts.wanted = None
+        with pytest.raises(Interrupted):
+            work(2)
+        assert (reached, len(said)) == (["after 1", "after 2"], 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_take_no_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+
+    def enter() -> None:
+        with Interrupts():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_differences_are_told_in_words():
+    old = {"seed": 1, "stage": {"kl_coef": 0.05, "optimizer": {"betas": [0.9, 1]}}, "upstream": {"sft": "a"}}
+    new = {"seed": 1, "stage": {"kl_coef": 0.1, "optimizer": {"betas": [0.9, 1]}, "top": 1}, "upstream": {"sft": "b"}}
+    assert differences(old, new) == ["kl_coef 0.05 -> 0.1", "top null -> 1", "sft changed"]
