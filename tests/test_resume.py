@@ -16,7 +16,7 @@ from rlhf.cli import main
 from rlhf.errors import LostProcess
 from rlhf.fingerprint import differences
 from rlhf.interrupts import Interrupted, Interrupts
-from rlhf.local import LocalLauncher, LocalModel
+from rlhf.local import LocalLauncher, LocalModel, LocalRollout
 from rlhf.tracking import Tracker
 
 RECIPE = """\
@@ -185,6 +185,34 @@ def test_other_threads_take_no_signals():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_annotation_goes_on_with_what_it_has(tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(9)))
+    (tmp_path / "judge.py").write_text("def score(prompt, response, metadata):\n    return len(set(response))\n")
+    stage = """\
+  - {name: pairs, kind: annotate, policy: base, prompts: {path: prompts.jsonl}, max_prompt_tokens: 64,
+     judge: {kind: function, path: "judge.py:score"}, max_response_tokens: 6, samples_per_prompt: 3}
+"""
+    (tmp_path / "recipe.yaml").write_text(RECIPE[: RECIPE.index("  - {name: sft")] + stage)
+    monkeypatch.setattr("rlhf.stages.annotate.PROMPTS_PER_CALL", 2)
+    assert run(tmp_path).exit_code == 0
+    through = (tmp_path / "out").rename(tmp_path / "through") / "stages" / "pairs"
+    drawn = []
+    generate = LocalRollout.generate
+
+    def interrupted(engine, prompts, *arguments):
+        drawn.append(len(prompts))
+        if len(drawn) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return generate(engine, prompts, *arguments)
+
+    monkeypatch.setattr(LocalRollout, "generate", interrupted)
+    assert run(tmp_path).exit_code == 130
+    assert run(tmp_path).exit_code == 0
+    assert drawn == [2, 2, 2, 2, 1]
+    for name in ("pairs.jsonl", "best.jsonl"):
+        assert (tmp_path / "out" / "stages" / "pairs" / name).read_bytes() == (through / name).read_bytes()
 
 
 def test_differences_are_told_in_words():

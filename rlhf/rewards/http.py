@@ -30,6 +30,7 @@ from rlhf.recipe.base import HttpJudge, LlmJudge
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import judges
 from rlhf.rewards.breaker import Breaker
+from rlhf.untrusted import keep_secret
 
 T = TypeVar("T")
 BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
@@ -60,6 +61,7 @@ def token_from(variable: str | None) -> str | None:
         raise RecipeError(f"the environment variable {variable}, named in the recipe for a judge's token, is not set")
     if not (token.isascii() and token.isprintable()):
         raise RecipeError(f"the token in the environment variable {variable} holds characters that no header can carry")
+    keep_secret(token)
     return token
 
 
@@ -120,7 +122,7 @@ class Endpoint:
         except _Refused as error:
             raise self._failure(str(error), _attempts(retrying), subject) from error
         except ValueError as error:
-            raise self._failure(self._clean(_wrong(error, answer.status)), _attempts(retrying), subject) from error
+            raise self._failure(self._clean(_wrong(error, answer.status)), _attempts(retrying), subject) from None
 
     async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any], ends: float) -> _Answer:
         limit = max(0.0, min(self.timeout_s, ends - time.monotonic()))
@@ -134,7 +136,7 @@ class Endpoint:
         except TimeoutError as error:
             raise _Passing(f"no answer within {limit:.3g} s") from error
         except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
-            raise _Passing(self._clean(f"{type(error).__name__}: {error}")) from error
+            raise _Passing(self._clean(f"{type(error).__name__}: {error}")) from None  # it quotes what was said
         if answer.status == 429 or answer.status >= 500:
             raise _Passing(self._status(answer), _retry_after(answer.headers.get("Retry-After", "")))
         return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -43,6 +43,14 @@ class Skips:
         self.skipped += len(lost)
         self._check()
         return [row for row, rollout in enumerate(rollouts) if rollout.prompt.id not in lost]
+
+    def carry(self) -> dict[str, int]:
+        """Return the counts, for `take_up`."""
+        return {"prompts": self.prompts, "skipped": self.skipped}
+
+    def take_up(self, carried: Mapping[str, int]) -> None:
+        """Go on counting from there; from nothing where nothing was carried."""
+        self.prompts, self.skipped = carried.get("prompts", 0), carried.get("skipped", 0)
 
     def metrics(self) -> Metrics:
         """Return how many prompts were left out, where they may be."""

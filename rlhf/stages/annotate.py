@@ -7,21 +7,48 @@ import random
 import time
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
-from rlhf.data.best import Best, write_best
-from rlhf.data.pairs import Pair, write_pairs
+from rlhf.data.best import Best, read_best, write_best
+from rlhf.data.pairs import Pair, read_pairs, write_pairs
 from rlhf.data.reading import read_prompts
 from rlhf.data.tokenize import tokenize_prompts
 from rlhf.errors import TrainingError
 from rlhf.recipe.stage_schema import AnnotateStage
 from rlhf.rewards.llm import LlmReward
 from rlhf.rewards.skips import Skips
-from rlhf.roles import RolloutEngine
+from rlhf.roles import Pending, Ready, RolloutEngine
 from rlhf.stages.context import StageContext
 from rlhf.stages.sft import Summary
 from rlhf.types import Prompt, Rollout, Sampling
 
 PROMPTS_PER_CALL = 128
+PAIRS, BEST = "pairs.jsonl", "best.jsonl"
+
+
+class Made:
+    """What has been annotated so far; its state is the files that a later stage reads."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+        self.best: list[Best] = []
+
+    def state_bytes(self) -> Pending[int]:
+        """Return about how many bytes they take."""
+        characters = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in self.pairs)
+        return Ready(12 * characters + 1000 * len(self.pairs))
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        """Write `pairs.jsonl` and `best.jsonl`."""
+        write_pairs(folder / PAIRS, self.pairs)
+        write_best(folder / BEST, self.best)
+        return Ready(None)
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        """Read them; a file may be empty."""
+        self.pairs = read_pairs(folder / PAIRS) if (folder / PAIRS).stat().st_size else []
+        self.best = read_best(folder / BEST) if (folder / BEST).stat().st_size else []
+        return Ready(None)
 
 
 def run(stage: AnnotateStage, context: StageContext) -> Summary:
@@ -36,28 +63,30 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
     skips = Skips(judge)
     starts = range(0, len(prompts), PROMPTS_PER_CALL)
     context.tracker.begin("sampling", len(starts))
-    pairs: list[Pair] = []
-    best: list[Best] = []
-    for index, start in enumerate(starts):
-        clock = time.perf_counter()
-        rollouts = _draw(engine, prompts[start : start + PROMPTS_PER_CALL], stage, context)
-        scored = judge.score(rollouts).result()
-        rows = skips.kept(scored, rollouts)
-        rollouts, scores = [rollouts[row] for row in rows], scored[rows].tolist()
-        for row in range(0, len(rollouts), stage.samples_per_prompt):
-            group = slice(row, row + stage.samples_per_prompt)
-            pairs += _pairs(rollouts[group], scores[group], stage, context)
-            best += _best(rollouts[group], scores[group], stage, context)
-        speed = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - clock)
-        reward = sum(scores) / len(scores) if scores else math.nan
-        context.tracker.log(index + 1, {"reward": reward, "pairs": len(pairs), "tokens_per_second": speed})
+    made = Made()
+    with context.recovery.going_on([made]) as going:
+        skips.take_up(going.carried.get("skips", {}))
+        for index, start in list(enumerate(starts))[going.step :]:
+            clock = time.perf_counter()
+            rollouts = _draw(engine, prompts[start : start + PROMPTS_PER_CALL], stage, context)
+            scored = judge.score(rollouts).result()
+            rows = skips.kept(scored, rollouts)
+            rollouts, scores = [rollouts[row] for row in rows], scored[rows].tolist()
+            for row in range(0, len(rollouts), stage.samples_per_prompt):
+                group = slice(row, row + stage.samples_per_prompt)
+                made.pairs += _pairs(rollouts[group], scores[group], stage, context)
+                made.best += _best(rollouts[group], scores[group], stage, context)
+            speed = sum(len(r.tokens) for r in rollouts) / (time.perf_counter() - clock)
+            reward = sum(scores) / len(scores) if scores else math.nan
+            context.tracker.log(index + 1, {"reward": reward, "pairs": len(made.pairs), "tokens_per_second": speed})
+            going.done(index + 1, lambda: {"skips": skips.carry()})
+    pairs = made.pairs
     if not any(not pair.heldout for pair in pairs):
         raise TrainingError(
             f"annotate found no pair to train on in {len(prompts)} prompts: the judge scored all samples of a prompt"
             " alike; raise samples_per_prompt or temperature, or look at the judge"
         )
-    write_pairs(context.folder / "pairs.jsonl", pairs)
-    write_best(context.folder / "best.jsonl", best)
+    made.save_state(context.folder)
     flipped = sum(pair.flipped for pair in pairs) / len(pairs)
     summary: Summary = {"pairs": len(pairs), "heldout": sum(pair.heldout for pair in pairs), "flipped": flipped}
     if isinstance(judge, LlmReward):

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlhf import checkpoint
 from rlhf.checkpoint import Saved
 from rlhf.interrupts import Interrupts
 from rlhf.recipe.schema import Recovery
-from rlhf.roles import Learner
+from rlhf.roles import Pending
 from rlhf.tracking import Tracker
 
 Carried = dict[str, Any]
@@ -21,12 +21,28 @@ ROOM = 1.02
 """Room for the files' headers and the manifest."""
 
 
+class Kept(Protocol):
+    """What a state holds: a learner, or what a stage has made so far."""
+
+    def state_bytes(self) -> Pending[int]:
+        """Return how many bytes `save_state` writes, about."""
+        ...
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        """Write it into a folder."""
+        ...
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        """Go on from what is there."""
+        ...
+
+
 @dataclass
 class Going:
     """A loop between its steps. `step` are done, and `carried` is what it took along, in JSON; {} at the beginning."""
 
     recovery: StageRecovery
-    learners: Sequence[Learner]
+    kept: Sequence[Kept]
     step: int
     carried: Carried
 
@@ -34,7 +50,7 @@ class Going:
         """Say that a step is done and recorded: its state is saved when that is due, and an interrupt takes effect."""
         recovery = self.recovery
         if recovery.is_due(step) or recovery.interrupts.wanted:
-            recovery.save(step, self.learners, carry())
+            recovery.save(step, self.kept, carry())
         recovery.interrupts.check(f"after step {step}, which is saved")
 
 
@@ -63,8 +79,8 @@ class StageRecovery:
         self.last = time.monotonic()
 
     @contextmanager
-    def going_on(self, learners: Sequence[Learner]) -> Iterator[Going]:
-        """Bring the learners and the tracker to the newest whole state, if there is one, for a loop inside.
+    def going_on(self, kept: Sequence[Kept]) -> Iterator[Going]:
+        """Bring what is kept and the tracker to the newest whole state, if there is one, for a loop inside.
 
         While it runs, an interrupt waits for the end of a step.
         """
@@ -72,13 +88,13 @@ class StageRecovery:
         with self.interrupts.deferred():
             if saved is None:
                 self.tracker.rewind(None)
-                yield Going(self, learners, 0, {})
+                yield Going(self, kept, 0, {})
                 return
-            for loading in [learner.load_state(saved.folder) for learner in learners]:
+            for loading in [item.load_state(saved.folder) for item in kept]:
                 loading.result()
             self.tracker.rewind(saved.info["tracker"])
             self.tracker.say(f"goes on after step {saved.step}")
-            yield Going(self, learners, saved.step, saved.info["carried"])
+            yield Going(self, kept, saved.step, saved.info["carried"])
 
     def is_due(self, step: int) -> bool:
         """Return whether the recipe wants the state after a step on disk."""
@@ -86,14 +102,14 @@ class StageRecovery:
             return step % self.settings.every_steps == 0
         return time.monotonic() - self.last >= 60 * self.settings.every_minutes
 
-    def save(self, step: int, learners: Sequence[Learner], carried: Carried) -> Saved:
+    def save(self, step: int, kept: Sequence[Kept], carried: Carried) -> Saved:
         """Write the state after a step, and remove what the recipe does not want to keep."""
 
         def fill(folder: Path) -> None:
-            for saving in [learner.save_state(folder) for learner in learners]:
+            for saving in [item.save_state(folder) for item in kept]:
                 saving.result()
 
-        sizes = [asked.result() for asked in [learner.state_bytes() for learner in learners]]
+        sizes = [asked.result() for asked in [item.state_bytes() for item in kept]]
         info = {
             "metrics": self.tracker.curve[-1] if self.tracker.curve else {},
             "tracker": self.tracker.mark(),
