@@ -99,6 +99,7 @@ class RankGroup:
                 self._join()
             if self.spec is not None:
                 self.building = self.begin("build", self.spec)
+                wait_for_all(self.building, self.names("build"), max(self.deadline_s, JOIN_S))
 
     def names(self, method: str) -> list[str]:
         """Return what people are told of a call to each rank: `policy-1.train`, or `policy.train` where one is all."""

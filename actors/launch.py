@@ -163,7 +163,7 @@ class RayLauncher:
             num_cpus=process.cpus,
             num_gpus=process.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.reserved, placement_group_bundle_index=number),
-            runtime_env={"env_vars": environment | self._visible_devices(process)},
+            runtime_env={"env_vars": environment | self._visible_devices(process) | {"RLHF_PROCESS": process.name}},
         )
         log.info("starting %s", process.name)
         return remote.remote(*arguments)

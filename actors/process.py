@@ -48,7 +48,7 @@ class Place:
         if not self.here:
             return said
         memory = psutil.virtual_memory()
-        held = f", it holds {_resident(self.pid) / GIB:.1f} GiB" if _resident(self.pid) else ""
+        held = f", it held {_resident(self.pid) / GIB:.1f} GiB" if _resident(self.pid) else ""
         return f"{said}{held}, {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
 
     def last_words(self, lines: int = 20) -> str:

@@ -7,12 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import ray
 
 from actors.dispatch import CALLS
 from actors.objects import Asked, Drawn
-from rlhf.errors import GuardError
-from rlhf.types import Prompt, Rollout, Sampling
+from actors.supervise import wait_for_all
+from rlhf.engines.base import LearnerSpec
+from rlhf.errors import GuardError, TrainingError
+from rlhf.roles import WeightReceipt
+from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch
 
 PROMPTS = [Prompt(f"p{row}", (1, 2) + (3,) * (row % 5), f"text {row}", {"row": row}) for row in range(40)]
 SEEDS = [[10 * row, 10 * row + 1] for row in range(40)]
@@ -89,3 +96,90 @@ class Actor:
                 os._exit(1)
             time.sleep(60)
         return Drawn.of([answer(p, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row])
+
+
+class Server:
+    """A replica in a process of its own whose weights are a number, which its logprobs show."""
+
+    def __init__(self, wait_s: float = 0.05) -> None:
+        self.wait_s = wait_s
+        self.weights, self.version, self.awake = 0.0, 0, True
+
+    def ping(self) -> int:
+        return os.getpid()
+
+    @ray.method(concurrency_group="generate")
+    def draw(self, asked: Asked) -> Drawn:
+        if not self.awake:
+            raise TrainingError("asleep")
+        prompts, seeds = asked.prompts(), asked.seeds
+        time.sleep(self.wait_s * len(prompts))
+        return Drawn.of(
+            [
+                drawn_with(self.weights, self.version, p, seed)
+                for p, row in zip(prompts, seeds, strict=True)
+                for seed in row
+            ]
+        )
+
+    def load(self, folder: Path, version: int) -> WeightReceipt:
+        return self.serve(float(folder.name), version)
+
+    def serve(self, weights: float, version: int) -> WeightReceipt:
+        self.weights, self.version = weights, version
+        return WeightReceipt(version, str(weights), 0, 0.0)
+
+    def served(self) -> tuple[float, int]:
+        return self.weights, self.version
+
+    def sleep(self) -> None:
+        self.awake = False
+
+    def wake(self, part: str) -> None:
+        self.awake = part == "kv_cache" or self.awake
+
+
+def drawn_with(weights: float, version: int, prompt: Prompt, seed: int) -> Rollout:
+    """What a `Server` draws."""
+    rollout = answer(prompt, seed)
+    return replace(rollout, logprobs=(-weights,) * len(rollout.tokens), policy_version=version)
+
+
+class Number:
+    """One rank of a model whose weights are a number: training adds one to it."""
+
+    def __init__(self) -> None:
+        self.weights, self.here = 0.0, True
+
+    def meeting_point(self) -> tuple[str, int]:
+        return "", 0
+
+    def join(self, *_: object) -> None:
+        pass
+
+    def build(self, spec: LearnerSpec) -> int:
+        self.weights = float(spec.seed)
+        return os.getpid()
+
+    def train(self, batch: TokenBatch, *_: object) -> Metrics:
+        time.sleep(0.5)
+        self.weights += 1
+        return Metrics()
+
+    def scores(self, batch: TokenBatch) -> float:
+        time.sleep(1)
+        return self.weights + float(batch.tokens.sum())
+
+    def publish(self, replicas: list[Any], version: int, deadline_s: float) -> WeightReceipt:
+        assert self.here
+        calls = [replica.serve.remote(self.weights, version) for replica in replicas]
+        return wait_for_all(calls, [f"rollout-{index}.serve" for index in range(len(calls))], deadline_s)[-1]
+
+    def offload(self) -> None:
+        self.here = False
+
+    def reload(self) -> None:
+        self.here = True
+
+    def drop(self) -> None:
+        self.weights = 0.0
