@@ -2,100 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from rlhf import __version__
-from rlhf.errors import RecipeError, RlhfError
-from rlhf.interrupts import Interrupted
+from rlhf.command import MAX_LINES, quiet_libraries, reports_errors, takes_recipe
+from rlhf.errors import RlhfError
+from rlhf.untrusted import printable
 
 if TYPE_CHECKING:
     from rlhf.recipe.load import LoadedRecipe
 
-MAX_LINES = 6
 PLAN_WIDTH = 100
-INTERRUPTED = 130
 TERMINATED = 143
-UNEXPECTED = 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rlhf")
 def main() -> None:
     """Take a base language model through SFT, preference data, reward model, PPO and DPO, and say who won."""
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an RlhfError into `error: ...` and its exit code, an interrupt into 130; add `--debug` for the traceback."""
-
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-    @functools.wraps(command)
-    def wrapper(*, debug: bool, **arguments: Any) -> None:
-        try:
-            command(**arguments)
-        except RlhfError as error:
-            if debug:
-                traceback.print_exc()
-            from rlhf.report.untrusted import visible
-
-            lines = visible(str(error)).splitlines() or [type(error).__name__]  # it may quote data or a model
-            click.echo("error: " + "\n".join(lines[:MAX_LINES]), err=True)
-            sys.exit(error.exit_code)
-        except Interrupted as stop:
-            at = f" in {stop}" if str(stop) else ""
-            click.echo(f"interrupted{at}; the same command goes on", err=True)
-            sys.exit(stop.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            if debug:
-                traceback.print_exc()
-            from rlhf.report.untrusted import visible
-
-            said = visible(f"unexpected {type(error).__name__}: {error}")
-            click.echo(f"error: {said}; --debug shows the traceback", err=True)
-            sys.exit(UNEXPECTED)
-
-    return wrapper
-
-
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the arguments RECIPE and `--set`, and pass the loaded recipe on."""
-
-    @click.argument("recipe", type=click.Path(path_type=Path))
-    @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: stages.ppo.steps=3")
-    @reports_errors
-    @functools.wraps(command)
-    def wrapper(*, recipe: Path, overrides: tuple[str, ...], **arguments: Any) -> None:
-        _quiet_libraries()
-        from rlhf.recipe.load import load_recipe
-
-        loaded = load_recipe(recipe, overrides)
-        try:
-            command(loaded, **arguments)
-        except RecipeError as error:
-            raise RecipeError(loaded.located(str(error))) from error
-
-    return wrapper
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a new score head is meant to be new
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
-    if not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so
 
 
 @main.command()
@@ -190,7 +120,9 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
     _offer_token()
     from actors.submit import submit
 
-    say = functools.partial(click.echo, nl=False)
+    def say(text: str) -> None:
+        click.echo(printable(text.replace("\r\n", "\n")), nl=False)
+
     job = submit(address, upload, folder, name or recipe.name, say)
     if not wait:
         click.echo(f"follow it with: RAY_AUTH_MODE=token ray job logs --follow --address {address} {job.name}")
@@ -225,7 +157,7 @@ def compare(runs: tuple[Path, ...], output: Path) -> None:
     comparison = compare_runs(runs, output)
     console = Console(highlight=False)
     console.print(comparison_table(comparison))
-    console.print(verdict(comparison), markup=False)
+    console.print(printable(verdict(comparison)), markup=False)
     console.print(f"report: {output}", markup=False, soft_wrap=True)
 
 
@@ -278,7 +210,7 @@ def data() -> None:
 @reports_errors
 def inspect(source: Path, model: str | None, kind: str, as_json: bool) -> None:
     """Show formats, bad rows, lengths, repeats and one row as it is trained on; fail when a run would."""
-    _quiet_libraries()
+    quiet_libraries()
     from rlhf.report.inspection import inspect_and_print
 
     inspect_and_print(source, model, kind, as_json)

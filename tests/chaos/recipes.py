@@ -15,7 +15,8 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from rlhf.cli import MAX_LINES, main
+from rlhf.cli import main
+from rlhf.command import MAX_LINES
 from tests.chaos.row import Row, only
 
 COUNT = 10_000
