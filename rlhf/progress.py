@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf.untrusted import printable
+
 SHOWN = {
     "loss": "loss",
     "accuracy": "accuracy",
@@ -61,7 +63,7 @@ class Display(logging.Handler):
 
     def say(self, message: str) -> None:
         """Print one line that stays."""
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a warning."""

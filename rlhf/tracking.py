@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.progress import Display
 from rlhf.recipe.schema import Recipe
@@ -16,14 +16,14 @@ from rlhf.report.curves import Curve
 
 
 class WandbSink:
-    """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set."""
+    """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set, or as WANDB_MODE says."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         import wandb
 
         settings = recipe.tracking.wandb
         assert settings is not None
-        mode: Literal["online", "offline"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         config = recipe.model_dump(mode="json", exclude={"tracking", "ray"})
         self.run: Any = wandb.init(
             project=settings.project, entity=settings.entity, name=recipe.name, dir=folder, mode=mode, config=config

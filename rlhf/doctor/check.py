@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf.errors import ResourceError
-from rlhf.report.untrusted import visible
+from rlhf.untrusted import visible
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -49,16 +49,25 @@ def join(rank: int, ranks: int, address: str, port: int, timeout_s: float) -> No
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=_store(rank, ranks, address, port, deadline),
             rank=rank,
             world_size=ranks,
             timeout=deadline,
             device_id=torch.device("cuda", 0) if on_gpu and ranks > 1 else None,
         )
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, OSError) as error:
         raise TrainingError(
             f"rank {rank} of {ranks}: the ranks did not meet at {address}:{port} within {timeout_s:g} s: {_line(error)}"
         ) from error
+
+
+def _store(rank: int, ranks: int, address: str, port: int, deadline: timedelta) -> dist.TCPStore:
+    """Meet at rank 0, which listens at `address` alone where torch itself would listen at all of the machine's."""
+    if rank != 0:
+        return dist.TCPStore(address, port, ranks, is_master=False, timeout=deadline)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, port), family=family, backlog=max(128, ranks)).detach()
+    return dist.TCPStore(address, port, ranks, is_master=True, timeout=deadline, master_listen_fd=listening)
 
 
 def join_alone() -> None:

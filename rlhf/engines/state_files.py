@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.errors import ResourceError
+from rlhf.errors import ResourceError, TrainingError
 
 SHARD = 2 * 10**9
 """Bytes of a file, and of main memory that writing takes on each rank."""
@@ -41,8 +41,11 @@ class StateFiles(Mapping[str, Tensor]):
     def __init__(self, folder: Path, role: str) -> None:
         self.homes: dict[str, Path] = {}
         for file in sorted(folder.glob(f"{role}-*-*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                self.homes |= dict.fromkeys(tensors.keys(), file)
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    self.homes |= dict.fromkeys(tensors.keys(), file)
+            except SafetensorError as error:
+                raise TrainingError(f"{file}: not in safetensors format: {error}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         """Return one tensor."""

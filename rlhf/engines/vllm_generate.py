@@ -71,6 +71,8 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(spec.checkpoint)
         self.llm: LLM = LLM(
             model=str(spec.checkpoint),
+            trust_remote_code=False,
+            load_format="safetensors",
             dtype=spec.dtype,
             seed=spec.seed,
             max_model_len=spec.max_length,
@@ -253,7 +255,8 @@ def _check(spec: RolloutSpec, on_cpu: bool) -> None:
     """Find what would fail late (at the first generate) or silently."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(spec.checkpoint).get_text_config()
+    config = AutoConfig.from_pretrained(spec.checkpoint, trust_remote_code=False, local_files_only=True)
+    config = config.get_text_config()
     if spec.max_length > config.max_position_embeddings:
         raise RecipeError(
             f"prompt and response may take {spec.max_length} tokens, but the model was built for "

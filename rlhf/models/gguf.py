@@ -37,8 +37,12 @@ def import_gguf(file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
+        trust_remote_code=False,
+        local_files_only=True,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+    )
     save_folder(model, tokenizer, folder, "bfloat16")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RecipeError
 from rlhf.models.cache import build_once, default_cache, file_digest
+from rlhf.models.folder import check_folder, loading
 from rlhf.recipe.schema import ModelSource
 
 if TYPE_CHECKING:
@@ -22,14 +23,12 @@ def resolve_model(source: ModelSource, cache: Path | None = None) -> Path:
 
     `path` is a folder, a hub id, `gguf://package/file.gguf`, `gguf:///absolute/path.gguf` or `tiny://llama`;
     the folder's tokenizer has `source.chat_template` where that is set. Converted models are kept below
-    `cache`, by default `RLHF_CACHE` or `~/.cache/rlhf`. Raises RecipeError when there is no such model.
+    `cache`, by default `RLHF_CACHE` or `~/.cache/rlhf`. Raises RecipeError when there is no such model, or when it has
+    anything but safetensors, or wants code of its own to be run.
     """
     cache = cache or default_cache()
     folder = _find(source, cache)
-    if not (folder / "config.json").is_file():
-        raise RecipeError(f"model.path: {source.path}: {folder} is not a Hugging Face folder (no config.json)")
-    if not any(folder.glob("*.safetensors")):
-        raise RecipeError(f"model.path: {source.path}: {folder} has no safetensors weights; convert them first")
+    check_folder(folder, f"model.path: {source.path}")
     return folder if source.chat_template is None else _with_template(folder, source.chat_template, cache)
 
 
@@ -106,17 +105,21 @@ def load_causal(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def load_weights(auto_class: Any, folder: Path, dtype: str, **config: Any) -> tuple[PreTrainedModel, set[str]]:
-    """Load with a transformers auto class; return the model and the names of weights the folder did not have."""
+    """Load with a transformers auto class; return the model and the names of weights the folder did not have.
+
+    Raises RecipeError when its files are not what transformers can load.
+    """
     import torch
 
-    model, report = auto_class.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **config,
-    )
+    with loading(folder):
+        model, report = auto_class.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **config,
+        )
     return model, set(report["missing_keys"])

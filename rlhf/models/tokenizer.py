@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError, RecipeError
+from rlhf.models.folder import loading
 
 Message = Mapping[str, str]
 
@@ -76,9 +76,9 @@ class ChatTokenizer:
             return self.hf.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the model's: it may raise anything
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+            raise DataError(f"the chat template refuses a conversation of roles {roles}: {_reason(error)}") from error
 
     def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """Cut the rendered conversation into pieces, each with whether the assistant said it."""
@@ -130,7 +130,8 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     Raises RecipeError when there is no chat template, no end-of-sequence token, or when the template does not
     close an assistant's turn with one: a model trained so would never stop.
     """
-    hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with loading(folder):
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not hf.chat_template:
         raise RecipeError(f"{folder}: the tokenizer has no chat template; set model.chat_template to a Jinja file")
     eos_ids = _end_ids(hf, folder)
@@ -143,6 +144,10 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     pad_id = _pad_id(hf, eos_ids)
     hf.pad_token = hf.convert_ids_to_tokens(pad_id)
     return ChatTokenizer(hf, pad_id, eos_ids)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _rest(start: str, text: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rlhf.recipe.schema import Recipe
+from rlhf.recipe.schema import FILE_NAME, Recipe
 from rlhf.recipe.source import Node
 from rlhf.recipe.stage_base import NAME
 from rlhf.recipe.stage_schema import Stage
@@ -83,7 +83,7 @@ def near(word: str, choices: Iterable[str]) -> str:
 
 def explain(errors: Sequence[ErrorDetails]) -> list[Problem]:
     """Translate pydantic's errors, without the noise of unions: their tags, and the members that were not meant."""
-    placed = [(_place(error["loc"]), error) for error in errors]
+    placed = [(_place(error["loc"][:-1] if _is_key(error) else error["loc"]), error) for error in errors]
     inner = {place.loc[:end] for place, _ in placed for end in range(len(place.loc))}
     groups: dict[Loc, list[tuple[_Place, ErrorDetails]]] = {}
     for place, error in placed:
@@ -176,7 +176,13 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
             return Problem((*loc, context["tag"]), f"not possible here, use one of {context['expected_tags']}", "key")
     wanted = " or ".join(_expected(error, place.field) for place, error in group)
     hint = near(error["input"], re.findall(r"'(.*?)'", wanted)) if isinstance(error["input"], str) else ""
-    return Problem(loc, f"must be {wanted}, got {_shown(error['input'])}{hint}")
+    about: Literal["key", "value"] = "key" if _is_key(error) else "value"
+    return Problem(loc, f"must be {wanted}, got {_shown(error['input'])}{hint}", about)
+
+
+def _is_key(error: ErrorDetails) -> bool:
+    """Return whether the key itself is wrong, of a mapping whose keys are free."""
+    return error["loc"][-1:] == ("[key]",)
 
 
 def _unknown(section: object, field: FieldInfo | None) -> list[str]:
@@ -191,6 +197,8 @@ def _expected(error: ErrorDetails, field: FieldInfo | None) -> str:
     match error["type"]:
         case "string_pattern_mismatch" if context["pattern"] == NAME:
             return "lower-case letters, digits, - and _, starting with a letter"
+        case "string_pattern_mismatch" if context["pattern"] == FILE_NAME:
+            return "letters, digits, '.', '_' and '-', starting with a letter or digit"
         case "string_pattern_mismatch":
             return field.description if field and field.description else f"text that matches {context['pattern']}"
         case "too_short":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf.recipe.base import Budget, Lora, Strict
 from rlhf.recipe.role_schema import Roles
 from rlhf.recipe.stage_schema import Stage
+
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What names a folder: no separator, and nothing that leads out of the one above."""
 
 
 class ModelSource(Strict):
@@ -62,7 +65,7 @@ class Recovery(Strict):
 class Recipe(Strict):
     """One alignment run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=FILE_NAME)
     seed: int = Field(17, ge=0, lt=2**31)
     model: ModelSource
     lora: Lora | Literal["full"] = Lora()
@@ -71,7 +74,7 @@ class Recipe(Strict):
     roles: Roles = Roles()
     tracking: Tracking = Tracking()
     recovery: Recovery = Recovery()
-    checkpoints: dict[str, str] = Field(
+    checkpoints: dict[Annotated[str, Field(pattern=FILE_NAME)], str] = Field(
         default_factory=dict, description="name -> folder or hub id: models from elsewhere that stages may refer to"
     )
     seeds: list[int] = Field(

@@ -21,7 +21,7 @@ from rlhf.report.findings import diagnose
 from rlhf.report.recipes import recipe_differences
 from rlhf.report.results import FEWEST_PROMPTS, CandidateSamples, Comparison, PairedDifference, Sample, show
 from rlhf.report.table import chance, percent, seeds, verdict
-from rlhf.report.untrusted import visible
+from rlhf.untrusted import visible
 
 MOST_PROMPTS = 200
 LEADING_PLOTS = 8

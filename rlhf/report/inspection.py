@@ -15,7 +15,7 @@ from rlhf.data.inspection import Inspection, Segment, inspect_file, inspect_reci
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.base import PathData
 from rlhf.recipe.schema import ModelSource
-from rlhf.report.untrusted import visible
+from rlhf.untrusted import visible
 
 if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from rlhf.errors import DataError, RecipeError
+from rlhf.recipe.source import parse
 from rlhf.report.curves import Curve, read_curves
 from rlhf.report.evaluation import merge, read_evaluation
 from rlhf.report.html import write_html
@@ -65,7 +64,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
     path = folder / "recipe.resolved.yaml"
     if not path.is_file():
         raise DataError(f"{path}: no such file; is {folder} a run folder?")
-    recipe: dict[str, Any] = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    recipe: dict[str, Any] = parse(path.read_text(encoding="utf-8"), path).plain()
     return recipe
 
 

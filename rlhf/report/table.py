@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf.report.results import FEWEST_PROMPTS, CandidateResult, Comparison, Interval, PairedDifference, show
+from rlhf.untrusted import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +22,7 @@ def comparison_table(comparison: Comparison) -> Table:
     caption = f"{comparison.prompts} prompts, {seeds(comparison)}, {comparison.level:.0%} intervals"
     table = Table(
         title="Comparison by gold reward",
-        caption=Text(f"{caption}; win rate against {comparison.baseline} (at equal length in brackets)"),
+        caption=Text(visible(f"{caption}; win rate against {comparison.baseline} (at equal length in brackets)")),
     )
     table.add_column("candidate")
     proxy = ["reward model"] if "reward" in comparison.metrics else []
@@ -32,7 +33,7 @@ def comparison_table(comparison: Comparison) -> Table:
         if item.reward is not None and item.reward_ci is not None:
             cells.append(_cell(item.reward, item.reward_ci))
         cells += [_cell(item.kl, item.kl_ci), _cell(item.length, item.length_ci), _wins(comparison, item)]
-        table.add_row(Text(label(comparison, item)), *(Text(cell) for cell in cells))
+        table.add_row(Text(visible(label(comparison, item))), *(Text(cell) for cell in cells))
     return table
 
 

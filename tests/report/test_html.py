@@ -13,7 +13,7 @@ from made import comparison, samples, spent
 from rlhf.recipe.base import Budget
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
-from rlhf.report.untrusted import visible
+from rlhf.untrusted import visible
 
 EVIL = (
     "<script>alert(1)</script> </script></td><img src=https://evil.example/x onerror=alert(2)> "
