@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import RankGroup
 from actors.learner import LearnerActor, RayModel
-from actors.placement import reserve
+from actors.placement import reserve, wait_for_room
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
 from actors.turns import SharingRollout, Turns
@@ -157,6 +157,7 @@ class RayLauncher:
 
     def _start(self, process: Process, kind: Any, environment: dict[str, str], *arguments: Any) -> Any:
         assert self.reserved is not None
+        wait_for_room(self.reserved, self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
         number = next(number for number, bundle in enumerate(self.bundles) if process in bundle.processes)
         remote = kind.options(
             name=f"{self.recipe.name}-{os.getpid()}-{process.name}-{next(self.numbers)}",

@@ -26,23 +26,32 @@ def reserve(bundles: Sequence[Bundle], timeout_s: float, say: Callable[[str], No
             raise ResourceError(
                 f"the process {_names(bundle)} asks for no CPU and no GPU; give its role some, say cpus: 0.1"
             )
-    wanted = [bundle.resources for bundle in bundles]
-    needed = _total(wanted)
     check_possible(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    group = placement_group(wanted, strategy="PACK")
+    group = placement_group([bundle.resources for bundle in bundles], strategy="PACK")
+    try:
+        wait_for_room(group, bundles, timeout_s, say)
+    except ResourceError:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def wait_for_room(
+    group: PlacementGroup, bundles: Sequence[Bundle], timeout_s: float, say: Callable[[str], None]
+) -> None:
+    """Wait until the group has all its bundles, also again after it has lost a machine; ResourceError in the end."""
+    needed = _total([bundle.resources for bundle in bundles])
     start = time.monotonic()
     waited = 0.0
     while not group.wait(_whole_seconds(min(POLL_S, timeout_s - waited))):
         free = _show(_only(ray.available_resources(), needed))
         waited = time.monotonic() - start
         if waited >= timeout_s:
-            remove_placement_group(group)
             raise ResourceError(
                 f"no room for the roles after {waited:.0f} s: needed {_show(needed)}, free {free};"
                 " end what holds them, or raise ray.placement_timeout_s"
             )
         say(f"waiting for the cluster: needed {_show(needed)}, free {free} ({waited:.0f} s of {timeout_s:.0f} s)")
-    return group
 
 
 def check_possible(bundles: Sequence[Bundle], nodes: Sequence[Amounts]) -> None:

@@ -24,7 +24,9 @@ from rlhf.errors import RecipeError, ResourceError, TrainingError
 from rlhf.recipe.upload import Upload
 
 ANSWER_S = 10.0
-STOP_S = 60.0
+STEP_S = 120
+"""How long a run that is stopped may take to finish its step and save; Ray's own patience is 3 s."""
+STOP_S = STEP_S + 60.0
 LOOK_EVERY_S = 0.5
 SHOW_FILES = 8
 STOPPED = 143
@@ -109,7 +111,7 @@ def submit(address: str, upload: Upload, output: str, name: str, say: Say) -> Jo
             client.submit_job(
                 entrypoint=command(upload.recipe, upload.overrides, output),
                 submission_id=job,
-                runtime_env={"working_dir": str(archive)},
+                runtime_env={"working_dir": str(archive), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STEP_S)}},
                 metadata={"job_name": name},
             )
         except (RuntimeError, ConnectionError, AuthenticationError, OSError) as error:
