@@ -69,7 +69,8 @@ def test_a_batch_job_ends_cleanly_when_told_to_and_goes_on_when_requeued(tmp_pat
     folder, scratch = tmp_path, Path(tmp_path_factory.mktemp("s"))
     (folder / "batch.yaml").write_text(two_stages("{rollout: {engine: transformers}}"))
     batch = Batch(folder, scratch)
-    job = batch.start()
+    steps = ("--set", "stages.ppo.steps=60")
+    job = batch.start(*steps)
     step = folder / "runs" / "two" / "stages" / "ppo" / "metrics.jsonl"
     until(lambda: (step.exists() and step.read_text()) or job.poll() is not None, 300, "a step of ppo")
     assert job.poll() is None, batch.printed.read_text()
@@ -81,12 +82,13 @@ def test_a_batch_job_ends_cleanly_when_told_to_and_goes_on_when_requeued(tmp_pat
     until(lambda: not batch.alive(), 40, "the end of every process")
     assert (scratch / "asked").read_text() == f"requeue {batch.number}\n"
 
-    job = batch.start("--set", "stages.ppo.steps=1")
+    job = batch.start(*steps)
     assert job.wait(timeout=300) == 0, batch.printed.read_text()
     until(lambda: not batch.alive(), 40, "the end of every process")
     printed = batch.printed.read_text()
     assert "Ray: 2 nodes, head on node-1" in printed
     assert "[1/2] sft: unchanged, reused" in printed
+    assert "ppo goes on after step" in printed
     assert "[2/2] ppo: done" in printed
     assert len(tokens) == 1
     (token,) = tokens
