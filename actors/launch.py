@@ -31,6 +31,7 @@ from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
+from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
 from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
@@ -184,8 +185,14 @@ class RayLauncher:
         """Start or join Ray and reserve what the recipe's stages use."""
         self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
-        _connect(self.recipe, self.bundles)
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own there
+        try:
+            _connect(self.recipe, self.bundles)
+        except SystemExit as stop:
+            if stop.code == signal.SIGTERM:  # what Ray's own handler does while it starts
+                raise Interrupted(signal.SIGTERM) from None
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, on_terminate)
         try:
             self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
         except BaseException:

@@ -94,7 +94,9 @@ def interrupt(folder: Path, local: bool, life: float, rng: random.Random) -> tup
     try:
         code = process.wait(LONGEST_S)
         # before Python has put its handlers in place a signal ends the process by itself
-        wrong["wrong exit codes"] += code not in (0, -chosen, *EXPECTED[chosen])
+        if code not in (0, -chosen, *EXPECTED[chosen]):
+            wrong["wrong exit codes"] += 1
+            print(f"{folder.name}: exit code {code} after {chosen.name}", file=sys.stderr)
     except subprocess.TimeoutExpired:
         wrong["hangs"] += 1
         process.kill()
