@@ -1,7 +1,7 @@
 # make setup        .venv with the locked set (SET=cpu or gpu) and the project
 # make quickstart   SmolLM2-135M through SFT, preferences, reward model, PPO and DPO; report in runs/quickstart
 # make test         the whole CPU test suite, after lint
-# make chaos        injects faults of every kind and counts what they did (25 minutes)
+# make chaos        injects faults of every kind and counts what they did
 # make gpu          the tests that need a CUDA device (with SET=gpu)
 # TORCH_INDEX=URL   where pip finds CPU builds of torch, if the default index has none (see README)
 

@@ -8,7 +8,6 @@ time. This layer knows files only: what is in them is the caller's.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -16,25 +15,35 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.errors import ResourceError, RlhfError
+from rlhf import disk
+from rlhf.errors import ResourceError
 from rlhf.manifest import MANIFEST, DamagedManifest, broken, flush_folder, read_manifest, seal, write_manifest
 
-__all__ = ["QUARANTINE", "Saved", "broken", "newest", "problems", "prune", "seal", "states", "step_of", "write"]
+__all__ = [
+    "QUARANTINE",
+    "Saved",
+    "begun",
+    "broken",
+    "newest",
+    "problems",
+    "prune",
+    "seal",
+    "states",
+    "step_of",
+    "write",
+]
 
 log = logging.getLogger("rlhf")
 PARTIAL = ".partial-"
 QUARANTINE = "quarantine-"
 REPLACED = "-replaced-"
 STEP_NAME = re.compile(rf"step-([0-9]{{8,}})({REPLACED}[0-9a-f]+)?")
-DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-OS_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)")  # how safetensors says it, and an error from another process
-TORCH_WRITE = re.compile(r"inline_container|failed writing file")  # how torch.save does, without the cause
 GIB = 2**30
 
 
@@ -66,12 +75,13 @@ def write(
     """
     content: dict[str, Any] = {"step": step, "key": key, "info": json.loads(json.dumps(dict(info)))}
     final = root / f"step-{step:08d}"
+    saving = f"step {step} cannot be saved"
     partial = root / f"{PARTIAL}{final.name}-{secrets.token_hex(4)}"
-    with _failures_told(root, step):
+    with disk.failures_told(root, saving):
         _make_room(root, step, bytes_needed)
         partial.mkdir()
     try:
-        with _failures_told(partial, step):
+        with disk.failures_told(partial, saving):
             fill(partial)
             content["files"] = seal(partial)
             if MANIFEST in content["files"]:
@@ -111,6 +121,15 @@ def newest(root: Path, key: str | None = None) -> Saved | None:
     return None
 
 
+def begun(root: Path) -> Saved | None:
+    """Return the newest state as its manifest tells it, its files unchecked; None where no manifest can be read."""
+    for folder in reversed(states(root)):
+        with suppress(DamagedManifest):
+            content = read_manifest(folder)
+            return Saved(folder, content["step"], content["key"], content["info"])
+    return None
+
+
 def problems(folder: Path) -> list[str]:
     """Return every difference between a state and its manifest in words, such as `policy.safetensors: changed`."""
     try:
@@ -141,11 +160,14 @@ def step_of(folder: Path) -> int:
     return int(named[1])
 
 
-def prune(root: Path, keep_last: int, best: tuple[str, Literal["max", "min"]] | None) -> None:
+def prune(
+    root: Path, keep_last: int, best: tuple[str, Literal["max", "min"]] | None, written: Saved | None = None
+) -> None:
     """Remove states but the `keep_last` newest, the newest whole one, and the best by `info["metrics"][best[0]]`.
 
     Of every key as many are kept, so that a changed recipe takes nothing from the one before it. A metric that is
-    missing or not finite never makes a state the best; of equal ones the newer is kept.
+    missing or not finite never makes a state the best; of equal ones the newer is kept. `written` has just been
+    written, and is not read again.
     """
     groups: dict[str, dict[Path, dict[str, Any]]] = {}
     for folder in states(root):
@@ -161,7 +183,7 @@ def prune(root: Path, keep_last: int, best: tuple[str, Literal["max", "min"]] | 
             kept |= _best({folder: group[folder] for folder in last}, *best)
         if kept >= group.keys():
             continue
-        whole = newest(root, key)
+        whole = written if written is not None and written.folder == last[-1] else newest(root, key)
         for folder in group:
             if folder not in kept and folder.exists() and (whole is None or folder != whole.folder):
                 _discard(folder)
@@ -250,37 +272,3 @@ def _remove(path: Path) -> None:
             path.unlink()
     except OSError as error:
         log.warning("%s cannot be removed: %s", path, error.strerror)
-
-
-@contextmanager
-def _failures_told(path: Path, step: int) -> Iterator[None]:
-    """Turn what the disk refuses into a ResourceError that names the path and what helps."""
-    try:
-        yield
-    except (RlhfError, ConnectionError):
-        raise
-    except Exception as error:
-        code = _disk_code(error)
-        if code is None:
-            raise
-        at = getattr(error, "filename", None) or path
-        said = f"{at}: step {step} cannot be saved: {os.strerror(code)}; {_remedy(code)}; no older state is touched"
-        raise ResourceError(said) from error
-
-
-def _disk_code(error: Exception) -> int | None:
-    """Return the error number of what the disk refused, through whichever library it came; None for another error."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    named = OS_ERROR.search(str(error))
-    if named and int(named[1]) in DISK_CODES:
-        return int(named[1])
-    return errno.ENOSPC if TORCH_WRITE.search(str(error)) else None
-
-
-def _remedy(code: int) -> str:
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "make the folder writable, or put the run elsewhere with --output"
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free some space, lower recovery.keep_last, or put the run elsewhere with --output"
-    return "check the disk, or put the run elsewhere with --output"

@@ -46,11 +46,11 @@ def run_recipe(
         Interrupted: a signal came; what was under way is saved.
     """
     recipe = expand_seeds(loaded.recipe)
+    if unknown := set(restart) - {stage.name for stage in recipe.stages}:
+        raise RecipeError(f"--restart {sorted(unknown)[0]}: the recipe has no such stage")
     folder = (output or recipe.output_dir / recipe.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Console()
-    if unknown := set(restart) - {stage.name for stage in recipe.stages}:
-        raise RecipeError(f"--restart {sorted(unknown)[0]}: the recipe has no such stage")
     start = time.monotonic()
     with locked(folder), logged(folder):
         write_inputs(folder, loaded)

@@ -61,7 +61,7 @@ class StageFolder:
         Raises:
             RecipeError: an unfinished stage was begun with other settings.
         """
-        saved = None if restart else checkpoint.newest(self.folder / STATES)
+        saved = None if restart else checkpoint.begun(self.folder / STATES)
         if saved is not None and not (self.folder / DONE).exists():
             if saved.key == self.key:
                 return

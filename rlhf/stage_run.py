@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf import disk
 from rlhf.algorithms.preference import PAIR_LOSSES
-from rlhf.checkpoint import DISK_CODES
-from rlhf.errors import GuardError, LostProcess, ResourceError, RlhfError, TrainingError
+from rlhf.errors import GuardError, LostProcess, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_content
 from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.progress import Display
@@ -76,20 +76,21 @@ def run_stages(run: Surroundings, restart: Collection[str] = ()) -> None:
 
 def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> Summary:
     """Run a stage; when a process that holds its state is lost, go on from the last saved one with new processes."""
-    for attempt in range(run.recipe.recovery.restarts + 1):
+    restarts, allowed = 0, run.recipe.recovery.restarts
+    while True:
         context = _context(run, stage, made, outputs)
         try:
             summary = _attempt(stage, context)
         except LostProcess as error:
-            if attempt == run.recipe.recovery.restarts:
+            if restarts == allowed:
                 raise
-            log.warning("%s; goes on with new processes (%d of %d)", error, attempt + 1, run.recipe.recovery.restarts)
+            restarts += 1
+            log.warning("%s; goes on with new processes (%d of %d)", error, restarts, allowed)
             run.launcher.recover()
             continue
         run.launcher.release()
         made.finish(summary, context.cost())
         return summary
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> StageContext:
@@ -119,21 +120,11 @@ def _attempt(stage: Stage, context: StageContext) -> Summary:
         log.info("stage %s", stage.name, exc_info=True)
         at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
         raise type(error)(f"{at}: {error}") from error
-    except OSError as error:
-        log.exception("stage %s", stage.name)
-        if error.errno not in DISK_CODES:
-            raise _unexpected(stage, error) from error
-        raise ResourceError(
-            f"stage {stage.name}: {error.filename or context.folder}: {error.strerror}; free some space, or put the run"
-            " elsewhere with --output; nothing that was saved is lost"
-        ) from error
     except Exception as error:
         log.exception("stage %s", stage.name)
-        raise _unexpected(stage, error) from error
-
-
-def _unexpected(stage: Stage, error: Exception) -> TrainingError:
-    return TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log")
+        if code := disk.refusal(error):
+            raise disk.told(error, code, context.folder, f"stage {stage.name} cannot write") from error
+        raise TrainingError(f"stage {stage.name}: {type(error).__name__}: {error}; see logs/run.log") from error
 
 
 def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:

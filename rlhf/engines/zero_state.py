@@ -26,8 +26,8 @@ Gathered = Callable[..., AbstractContextManager[None]]
 
 def zero_state(zero: Any, named: Named) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter and its moments, whole; every rank iterates to the end. `zero` is DeepSpeed's optimizer."""
-    steps = {id(flat): zero.optimizer.state[flat]["step"] for flat in _flats(zero) if flat in zero.optimizer.state}
-    step = next(iter(steps.values()), None)
+    moments = zero.optimizer.state
+    step = next((moments[flat]["step"] for flat in _flats(zero) if flat in moments), None)
     if step is not None:
         _link(zero)
     for name, parameter in named:

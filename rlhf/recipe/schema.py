@@ -59,7 +59,9 @@ class Recovery(Strict):
     every_steps: PositiveInt | None = Field(None, description="save after so many steps instead")
     keep_last: PositiveInt = Field(2, description="so many states stay on disk")
     keep_best: Best | None = Field(None, description="one more stays: the best step so far")
-    restarts: NonNegativeInt = Field(3, description="so often may the processes of each role be replaced in a run")
+    restarts: NonNegativeInt = Field(
+        3, description="so often may a role's processes be replaced in a run, and a stage go on after a loss"
+    )
 
 
 class Recipe(Strict):

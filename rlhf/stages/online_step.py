@@ -60,7 +60,7 @@ class Training:
 
 @contextmanager
 def going_on(training: Training) -> Iterator[Going]:
-    """Bring policy, critic, method and tracker to where the stage was, and the engine to the policy's weights."""
+    """Bring policy, critic, method and tracker to where the stage was; the engine still has to get the weights."""
     method = training.method
     with training.context.recovery.going_on([training.roles.policy, *method.learners()]) as going:
         if going.step:

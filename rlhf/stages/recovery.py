@@ -118,6 +118,6 @@ class StageRecovery:
         }
         saved = checkpoint.write(self.root, step, self.key, fill, info, int(ROOM * sum(sizes)))
         best = self.settings.keep_best
-        checkpoint.prune(self.root, self.settings.keep_last, (best.metric, best.mode) if best else None)
+        checkpoint.prune(self.root, self.settings.keep_last, (best.metric, best.mode) if best else None, saved)
         self.last = time.monotonic()
         return saved
