@@ -136,7 +136,19 @@ class Rows(Portable):
         return replace(self, **moved)  # type: ignore[type-var]
 
     def lengths(self) -> Tensor:
-        """Return the real tokens of each row, `[rows]`, the cost that micro-batches are cut by."""
+        """Return the real tokens of each row, `[rows]`, the cost that padded passes are cut by."""
+        raise NotImplementedError
+
+    def flat_lengths(self) -> Tensor:
+        """Return how many tokens each row is when it is laid flat, `[rows]`, the cost that flat passes are cut by."""
+        return self.lengths()
+
+    def prompt_lengths(self) -> Tensor:
+        """Return how many tokens of each row stand before its response, `[rows]`; 0 without one."""
+        raise NotImplementedError
+
+    def families(self) -> list[list[int]]:
+        """Return all rows, in lists of those whose prompts are equal token by token, in order of appearance."""
         raise NotImplementedError
 
 
@@ -159,6 +171,18 @@ class TokenBatch(Rows):
         """Return the real tokens of each row, `[B]`."""
         return self.attention_mask.sum(dim=1)
 
+    def prompt_lengths(self) -> Tensor:
+        """Return how many tokens of each row stand before its response, `[B]`; 0 without one."""
+        return self.response_mask.int().argmax(dim=1)
+
+    def families(self) -> list[list[int]]:
+        """Return all rows, in lists of those whose prompts are equal token by token; a row without prompt is alone."""
+        found: dict[object, list[int]] = {}
+        tokens = self.tokens.cpu().numpy()
+        for row, length in enumerate(self.prompt_lengths().tolist()):
+            found.setdefault(tokens[row, :length].tobytes() if length else row, []).append(row)
+        return list(found.values())
+
     @property
     def width(self) -> int:
         """`T`, padding included."""
@@ -180,8 +204,26 @@ class TokenScores(Portable):
     entropy: Tensor
 
 
+class Sequences(Rows):
+    """A batch of which each row is one sequence, `batch`."""
+
+    batch: TokenBatch
+
+    def lengths(self) -> Tensor:
+        """Return the real tokens of each row, `[B]`."""
+        return self.batch.lengths()
+
+    def prompt_lengths(self) -> Tensor:
+        """Return how many tokens of each row stand before its response, `[B]`; 0 without one."""
+        return self.batch.prompt_lengths()
+
+    def families(self) -> list[list[int]]:
+        """Return all rows, in lists of those with the same prompt."""
+        return self.batch.families()
+
+
 @dataclass(frozen=True)
-class Experience(Rows):
+class Experience(Sequences):
     """What the policy of an online method learns from; it exists only when every role has spoken.
 
     scores `[B]` are the reward of whole responses; all others are `[B, T]`, 0 off the response.
@@ -194,22 +236,14 @@ class Experience(Rows):
     ref_logprobs: Tensor
     advantages: Tensor
 
-    def lengths(self) -> Tensor:
-        """Return the real tokens of each row, `[B]`."""
-        return self.batch.lengths()
-
 
 @dataclass(frozen=True)
-class ValueBatch(Rows):
+class ValueBatch(Sequences):
     """What a critic learns from: its values when the responses were scored, and the returns; both `[B, T]`."""
 
     batch: TokenBatch
     values: Tensor
     returns: Tensor
-
-    def lengths(self) -> Tensor:
-        """Return the real tokens of each row, `[B]`."""
-        return self.batch.lengths()
 
 
 @dataclass(frozen=True)
@@ -229,6 +263,18 @@ class PreferenceBatch(Rows):
         """Return the real tokens of the longer side twice, `[P]`: both sides go through the model together."""
         return 2 * torch.maximum(self.chosen.lengths(), self.rejected.lengths())
 
+    def flat_lengths(self) -> Tensor:
+        """Return the tokens of both sides with one prompt, `[P]`."""
+        return self.chosen.lengths() + self.rejected.lengths() - self.chosen.prompt_lengths()
+
+    def prompt_lengths(self) -> Tensor:
+        """Return 0 for each pair, `[P]`: no pair shares a prompt with another (its sides do)."""
+        return torch.zeros(len(self), dtype=torch.long)
+
+    def families(self) -> list[list[int]]:
+        """Return each pair alone."""
+        return [[row] for row in range(len(self))]
+
     def token_count(self) -> int:
         """Return the real tokens of both sides of all pairs."""
         return self.chosen.token_count() + self.rejected.token_count()
@@ -239,7 +285,7 @@ class PreferenceBatch(Rows):
 
 
 @dataclass(frozen=True)
-class LabelledBatch(Rows):
+class LabelledBatch(Sequences):
     """`B` single responses, each good or bad (KTO).
 
     `desirable` `[B]` bool; `ref_logprobs` `[B]` are sums over the response. `kl` `[B]` is the same in every row: the
@@ -250,10 +296,6 @@ class LabelledBatch(Rows):
     desirable: Tensor
     ref_logprobs: Tensor
     kl: Tensor
-
-    def lengths(self) -> Tensor:
-        """Return the real tokens of each row, `[B]`."""
-        return self.batch.lengths()
 
 
 class Metrics(Mapping[str, float]):

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from rlhf.engines.adam_state import adam_state, restore_adam
 from rlhf.engines.base import B, Objective, T
+from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
 from rlhf.engines.ranks import position
-from rlhf.engines.shares import filled, rank_shares
+from rlhf.engines.shares import filled
 from rlhf.engines.torch_engine import step_metrics
 from rlhf.engines.zero_config import Dtype, check_settings, zero_config
+from rlhf.models.flat_attention import runs_flat
 from rlhf.models.lora import trainable_parameters
 from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import Offload, ZeroStage
@@ -136,7 +138,7 @@ class DeepSpeedEngine:
 
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)
-        passes = rank_shares(batch.lengths(), self.ranks, self.max_tokens)[self.rank]
+        passes = rank_passes(batch, self.max_tokens, runs_flat(self.module), self.ranks)[self.rank]
         metrics = Metrics()
         self.engine.train()
         for index, (rows, part) in enumerate(filled(batch, passes)):

@@ -13,13 +13,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlhf.engines.base import B, LearnerSpec, Objective, TrainEngine
+from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.offloading import Parked
 from rlhf.engines.ranks import exchanging, join_alone, position
 from rlhf.engines.scoring import response_values, score_share, sequence_scores, token_scores
-from rlhf.engines.shares import Part, filled, rank_shares
+from rlhf.engines.shares import Part, filled
 from rlhf.engines.state_files import StateFiles, write_state
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
+from rlhf.models.flat_attention import runs_flat, use_flat_attention
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import (
     adapter_config,
@@ -61,6 +63,7 @@ class ModelLearner:
             model = load_causal(spec.checkpoint, spec.dtype)
         else:
             model = load_scalar(spec.checkpoint, spec.dtype, spec.seed)
+        use_flat_attention(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if spec.lora and spec.optimizer:
             model = add_lora(model, spec.lora, spec.kind, spec.seed)
@@ -216,7 +219,8 @@ class ModelLearner:
             return score_share(lambda part: self._run(score, part), batch, self._passes(batch))
 
     def _passes(self, batch: Rows) -> list[list[int]]:
-        return rank_shares(batch.lengths(), self.spec.ranks, self.spec.max_tokens_per_microbatch)[self.rank]
+        flat = runs_flat(self.model)
+        return rank_passes(batch, self.spec.max_tokens_per_microbatch, flat, self.spec.ranks)[self.rank]
 
     def _run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
         return self.engine.run(function, batch) if self.engine else function(self.model, batch)

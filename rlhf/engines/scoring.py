@@ -13,30 +13,50 @@ from torch.nn.functional import pad
 from rlhf.algorithms.logprobs import align, entropies, selected_logprobs
 from rlhf.algorithms.masked import last_index
 from rlhf.engines.shares import Part, filled
-from rlhf.models.scalar import token_values
+from rlhf.models.flat import flatten
+from rlhf.models.flat_attention import runs_flat
+from rlhf.models.scalar import scalars
 from rlhf.types import TokenBatch
 
 SHORT = 256
 
 
-def response_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor, slice]:
-    """Return logits `[B, K, V]`, their target tokens `[B, K]` and the columns of `[B, T]` they are about.
+def response_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the logits `[S, V]` and the ids `[S]` of the S response tokens, row by row.
 
-    Only the span of columns that holds response tokens goes through the language-model head; K is 0 without any.
+    Only the positions that they are predicted from go through the language-model head.
     """
-    columns = batch.response_mask[:, 1:].any(dim=0).nonzero().flatten() + 1
-    span = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(1, 1)
-    keep = torch.arange(span.start - 1, span.stop - 1, device=batch.tokens.device)
+    scored = _scored(batch)
+    if runs_flat(model):
+        flat = flatten(batch)
+        logits = model(**flat.inputs(), logits_to_keep=flat.index[:, :-1][scored[:, 1:]]).logits[0]
+    else:
+        logits = _padded_logits(model, batch, scored)
+    return logits if temperature == 1 else logits / temperature, batch.tokens[scored]
+
+
+def _scored(batch: TokenBatch) -> Tensor:
+    """Return where a response token stands that something predicts: all but a first token, `[B, T]` bool."""
+    mask = batch.response_mask.clone()
+    mask[:, 0] = False
+    return mask
+
+
+def _padded_logits(model: nn.Module, batch: TokenBatch, scored: Tensor) -> Tensor:
+    """Return the logits of the scored tokens, `[S, V]`; the columns that hold any go through the head."""
+    columns = scored.any(dim=0).nonzero().flatten()
     with short_attention(batch):
         out = model(
-            input_ids=batch.tokens, attention_mask=batch.attention_mask.long(), logits_to_keep=keep, use_cache=False
+            input_ids=batch.tokens,
+            attention_mask=batch.attention_mask.long(),
+            logits_to_keep=columns - 1,
+            use_cache=False,
         )
-    logits = out.logits if temperature == 1 else out.logits / temperature
-    return logits, batch.tokens[:, span], span
+    return out.logits[scored[:, columns]]
 
 
 def short_attention(batch: TokenBatch) -> AbstractContextManager[None]:
-    """Choose plain matrix products for the attention of short rows on CPU.
+    """Choose plain matrix products for the attention of short padded rows on CPU.
 
     torch's CPU flash kernel is slower there, most of all backward (7 against 20 ms a layer at 16 x 44 tokens).
     """
@@ -47,34 +67,39 @@ def short_attention(batch: TokenBatch) -> AbstractContextManager[None]:
 
 def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
     """Return differentiable logprobs of the response tokens, `[B, T]` float32, 0 elsewhere."""
-    logits, targets, span = response_logits(model, batch, temperature)
-    return _place(selected_logprobs(logits, targets), batch, span)
-
-
-def _place(part: Tensor, batch: TokenBatch, span: slice) -> Tensor:
-    padded = pad(part, (span.start, batch.width - span.stop))
-    return padded.masked_fill(~batch.response_mask, 0.0)
-
-
-def response_values(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Return differentiable values before each response token, `[B, T]` float32, 0 elsewhere."""
-    with short_attention(batch):
-        values = token_values(model, batch.tokens, batch.attention_mask)
-    return align(values[:, :-1]).masked_fill(~batch.response_mask, 0.0)
-
-
-def sequence_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Return the scalar head at the last real token of each sequence, `[B]` float32, differentiable."""
-    with short_attention(batch):
-        values = token_values(model, batch.tokens, batch.attention_mask)
-    return values.gather(1, last_index(batch.attention_mask)[:, None]).squeeze(1)
+    return _place(selected_logprobs(*response_logits(model, batch, temperature)), batch)
 
 
 def token_scores(model: nn.Module, batch: TokenBatch, temperature: float) -> Tensor:
     """Return logprobs and entropies of the response tokens, `[B, 2, T]` float32, 0 elsewhere."""
-    logits, targets, span = response_logits(model, batch, temperature)
+    logits, targets = response_logits(model, batch, temperature)
     found = (selected_logprobs(logits, targets), entropies(logits))
-    return torch.stack([_place(values, batch, span) for values in found], dim=1)
+    return torch.stack([_place(values, batch) for values in found], dim=1)
+
+
+def response_values(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return differentiable values before each response token, `[B, T]` float32, 0 elsewhere."""
+    return align(_values(model, batch)[:, :-1]).masked_fill(~batch.response_mask, 0.0)
+
+
+def sequence_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return the scalar head at the last real token of each sequence, `[B]` float32, differentiable."""
+    return _values(model, batch).gather(1, last_index(batch.attention_mask)[:, None]).squeeze(1)
+
+
+def _values(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return the scalar head at every position, `[B, T]`; what stands on padding means nothing."""
+    if runs_flat(model):
+        flat = flatten(batch)
+        return scalars(model, flat.inputs())[0][flat.index]
+    with short_attention(batch):
+        padded = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
+        return scalars(model, padded)
+
+
+def _place(values: Tensor, batch: TokenBatch) -> Tensor:
+    """Put what is of the scored tokens, `[S]`, where they stand, `[B, T]`."""
+    return values.new_zeros(batch.tokens.shape).masked_scatter(_scored(batch), values)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.engines.microbatch import token_budget
 from rlhf.types import Portable, Rows, TokenScores
 
 B = TypeVar("B", bound=Rows)
@@ -21,21 +20,6 @@ class Part(Portable):
 
     rows: list[int]
     values: Tensor
-
-
-def rank_shares(lengths: Tensor, ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Return the passes of each rank, each a list of rows, so that all ranks have equally many.
-
-    lengths `[rows]`. Rows are dealt longest first, so the ranks' work is alike; every row is in exactly one pass.
-    A rank that runs out of rows gets empty passes.
-    """
-    order = lengths.argsort(descending=True, stable=True)
-    shares = []
-    for rank in range(ranks):
-        mine = order[rank::ranks]
-        shares.append([mine[group].tolist() for group in token_budget(lengths[mine], max_tokens)])
-    passes = max(len(share) for share in shares)
-    return [share + [[] for _ in range(passes - len(share))] for share in shares]
 
 
 def filled(batch: B, passes: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], B]]:

@@ -13,6 +13,7 @@ from rlhf.engines.adam_state import adam_state, restore_adam
 from rlhf.engines.base import B, Objective, T
 from rlhf.engines.microbatch import micro_batches
 from rlhf.engines.parameter_groups import build_adamw, scale_learning_rates
+from rlhf.models.flat_attention import runs_flat
 from rlhf.recipe.base import Optimizer
 from rlhf.types import Metrics
 
@@ -74,7 +75,7 @@ class TorchEngine:
         total = objective.count(batch)
         metrics = Metrics()
         self.module.train()
-        for _, part in micro_batches(batch, self.max_tokens):
+        for _, part in micro_batches(batch, self.max_tokens, runs_flat(self.module)):
             loss, measured = objective.loss(self.module, part)
             (loss / total).backward()
             self._collect()

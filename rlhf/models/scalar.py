@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -50,19 +52,19 @@ def load_scalar(folder: Path, dtype: str, seed: int) -> PreTrainedModel:
     return model
 
 
-def token_values(model: PreTrainedModel | PeftModel, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the scalar at every position, float32 `[B, T]`: position t has read `tokens[:, :t + 1]`.
+def scalars(model: PreTrainedModel | PeftModel, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the scalar at every position of the inputs of the model's forward pass, float32, `[B, T]` like its tokens.
 
-    tokens and attention_mask are `[B, T]`, right-padded; what stands on padding means nothing.
+    Position t has read the tokens up to and with t; what stands on padding means nothing.
     """
     plain = unwrapped(model)
-    hidden = plain.base_model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = plain.base_model(**inputs).last_hidden_state
     return plain.score(hidden).squeeze(-1) - plain.config.rlhf_score_offset
 
 
 @torch.no_grad()
 def fold_standardisation(model: PreTrainedModel | PeftModel, mean: float, std: float) -> None:
-    """Change the head so that `token_values` becomes (before - mean) / std, and stays so when saved and reloaded.
+    """Change the head so that what `scalars` returns becomes (before - mean) / std, and stays so when saved and reloaded.
 
     The deviation goes into the weights (rounded to their dtype) and the mean into `rlhf_score_offset`, so plain
     transformers differs by that constant only, which no comparison sees. Raises TrainingError without spread.

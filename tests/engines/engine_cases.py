@@ -21,6 +21,7 @@ from rlhf.algorithms.preference import (
 from rlhf.engines.objectives import RewardModel, Sft
 from rlhf.engines.policy_objectives import ClippedPolicy, ClippedValue
 from rlhf.engines.preference_objectives import Kto, Preference
+from rlhf.models.flat_attention import use_flat_attention
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import add_lora
 from rlhf.models.scalar import load_scalar
@@ -123,8 +124,12 @@ CASES = {
 }
 
 
-def build_model(folder: Path, kind: Literal["causal", "scalar"], lora: bool, dtype: str = "float32") -> nn.Module:
+def build_model(
+    folder: Path, kind: Literal["causal", "scalar"], lora: bool, dtype: str = "float32", flat: bool = False
+) -> nn.Module:
     model = load_causal(folder, dtype) if kind == "causal" else load_scalar(folder, dtype, seed=1)
+    if flat:
+        use_flat_attention(model)
     return add_lora(model, Lora(r=4, alpha=8), kind, seed=1) if lora else model
 
 

@@ -7,8 +7,10 @@ from engine_cases import CASES, token_batch
 from torch import Tensor, nn
 
 from rlhf.engines.base import TrainEngine
+from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.scoring import response_logprobs, score_share, sequence_scores
-from rlhf.engines.shares import assemble, rank_shares
+from rlhf.engines.shares import assemble
+from rlhf.models.flat_attention import runs_flat
 from rlhf.models.scalar import fold_standardisation
 from rlhf.recipe.role_schema import Offload
 from rlhf.types import Experience, ValueBatch
@@ -102,5 +104,5 @@ def score(engine: TrainEngine, module: nn.Module, case: RankCase, max_tokens: in
     module.eval()
     function = response_logprobs if case.kind == "causal" else sequence_scores
     batch = token_batch()
-    (passes,) = rank_shares(batch.lengths(), 1, max_tokens)
+    (passes,) = rank_passes(batch, max_tokens, runs_flat(module))
     return assemble([score_share(lambda part: engine.run(function, part), batch, passes)])

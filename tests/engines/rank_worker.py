@@ -21,7 +21,7 @@ DEADLINE_S = 100.0
 
 
 def run(case: RankCase, folder: Path) -> Outcome:
-    module = build_model(folder, case.kind, case.lora, case.dtype)
+    module = build_model(folder, case.kind, case.lora, case.dtype, flat=True)
     if case.recompute:
         recompute_activations(module)
     engine = DeepSpeedEngine(module, OPTIMIZER, HEAD_RATE, MAX_TOKENS, case.stage, case.dtype, case.offload)

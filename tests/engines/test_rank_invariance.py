@@ -8,12 +8,12 @@ from typing import Literal
 
 import pytest
 import torch
-from engine_cases import HEAD_RATE, OPTIMIZER, build_model, largest_change
+from engine_cases import HEAD_RATE, OPTIMIZER, build_model, largest_change, random_tokens
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 from torch import Tensor
 
 from rlhf.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf.engines.shares import rank_shares
+from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
 
@@ -22,7 +22,7 @@ Sums = dict[str, tuple[float, float]]
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path) -> Callable[..., Outcome]:
-    """What TorchEngine does on the whole batch in one pass."""
+    """What TorchEngine does on the whole batch in one padded pass."""
 
     @cache
     def run(objective: str, lora: bool, dtype: Literal["float32", "bfloat16"]) -> Outcome:
@@ -76,14 +76,14 @@ def test_bfloat16_at_stage_0_is_refused(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("max_tokens", [1, 16, 40, 1000])
 def test_shares_cover_every_row_once_in_equally_many_passes(ranks: int, max_tokens: int) -> None:
-    lengths = torch.tensor([9, 14, 5, 11, 7, 14, 3])
-    shares = rank_shares(lengths, ranks, max_tokens)
+    batch = random_tokens(1, [9, 14, 5, 11, 7, 14, 3], [4] * 6 + [2])
+    shares = rank_passes(batch, max_tokens, False, ranks)
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for rows in share for row in rows) == list(range(7))
     for rows in (rows for share in shares for rows in share if len(rows) > 1):
-        assert len(rows) * max(lengths[rows]) <= max_tokens
+        assert len(rows) * max(batch.lengths()[rows]) <= max_tokens
 
 
 def test_shares_are_dealt_longest_first() -> None:
-    assert rank_shares(torch.tensor([2, 9, 5, 7, 1]), 2, 20) == [[[1, 2], [4]], [[3, 0], []]]
+    assert rank_passes(random_tokens(1, [2, 9, 5, 7, 1], [0] * 5), 20, False, 2) == [[[1, 2], [4]], [[3, 0], []]]

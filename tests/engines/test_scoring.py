@@ -12,8 +12,9 @@ import torch
 from engine_cases import build_model, random_tokens, token_batch
 from torch import Tensor, nn
 
+from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.scoring import response_logprobs, response_values, score_share, sequence_scores, token_scores
-from rlhf.engines.shares import assemble, rank_shares
+from rlhf.engines.shares import assemble
 from rlhf.types import TokenBatch
 
 
@@ -132,7 +133,7 @@ def test_cutting_keeps_rows_in_their_order(causal: nn.Module, scalar: nn.Module,
         (sequence_scores, scalar),
         (response_values, scalar),
     ):
-        shares = rank_shares(batch.lengths(), ranks, max_tokens)
+        shares = rank_passes(batch, max_tokens, False, ranks)
         parts = [score_share(partial(score, model), batch, passes) for passes in shares]
         with torch.no_grad():
             torch.testing.assert_close(assemble(parts), score(model, batch), rtol=0, atol=1e-5)

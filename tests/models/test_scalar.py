@@ -14,7 +14,7 @@ from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.loading import load_causal
 from rlhf.models.lora import add_lora
 from rlhf.models.saving import save_merged
-from rlhf.models.scalar import fold_standardisation, load_scalar, token_values
+from rlhf.models.scalar import fold_standardisation, load_scalar, scalars
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.base import Lora
 
@@ -25,7 +25,7 @@ MASK = torch.arange(10) < LENGTHS[:, None]
 
 def values(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
-        return token_values(model, TOKENS, MASK)
+        return scalars(model, {"input_ids": TOKENS, "attention_mask": MASK})
 
 
 def plain_scores(model: PreTrainedModel) -> Tensor:
@@ -59,7 +59,7 @@ def test_values_do_not_see_padding_or_the_future(tiny_folder: Path) -> None:
     together = values(model)
     for row, length in enumerate(LENGTHS.tolist()):
         with torch.no_grad():
-            alone = token_values(model, TOKENS[row : row + 1, :length], MASK[row : row + 1, :length])
+            alone = scalars(model, {"input_ids": TOKENS[row : row + 1, :length]})
         torch.testing.assert_close(together[row, :length], alone[0])
 
 
