@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.group import RankGroup
+from actors.head import HeadWatch
 from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve, wait_for_room
 from actors.restarts import Restarts
@@ -55,6 +56,7 @@ class RayLauncher:
         self.restarts: dict[RoleName, Restarts] = {}
         self.reserved: PlacementGroup | None = None
         self.bundles: tuple[Bundle, ...] = ()
+        self.head: HeadWatch | None = None
 
     def policy(self, spec: LearnerSpec) -> RayModel:
         """Build the policy in its processes."""
@@ -193,9 +195,11 @@ class RayLauncher:
             raise
         finally:
             signal.signal(signal.SIGTERM, on_terminate)
+        self.head = HeadWatch(ray.get_runtime_context().gcs_address, log.error)
         try:
             self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
         except BaseException:
+            self.head.stop()
             ray.shutdown()
             raise
         return self
@@ -204,6 +208,8 @@ class RayLauncher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End every actor of this run and leave Ray."""
+        if self.head:
+            self.head.stop()
         for group in self.groups.values():
             group.kill()
         for engine in (self.engine, self.judging and self.judging[1]):

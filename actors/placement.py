@@ -43,7 +43,7 @@ def wait_for_room(
     needed = _total([bundle.resources for bundle in bundles])
     start = time.monotonic()
     waited = 0.0
-    while not group.wait(_whole_seconds(min(POLL_S, timeout_s - waited))):
+    while not _has_room(group, min(POLL_S, timeout_s - waited)):
         free = _show(_only(ray.available_resources(), needed))
         waited = time.monotonic() - start
         if waited >= timeout_s:
@@ -52,6 +52,18 @@ def wait_for_room(
                 " end what holds them, or raise ray.placement_timeout_s"
             )
         say(f"waiting for the cluster: needed {_show(needed)}, free {free} ({waited:.0f} s of {timeout_s:.0f} s)")
+
+
+def _has_room(group: PlacementGroup, wait_s: float) -> bool:
+    try:
+        return group.wait(_whole_seconds(wait_s))
+    except Exception as error:  # Ray's own, of no other kind
+        if "does not exist" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray has dropped what was reserved for this run, as it does when it loses the machine that the run was"
+            " started on; the same command goes on from the last saved state"
+        ) from error
 
 
 def check_possible(bundles: Sequence[Bundle], nodes: Sequence[Amounts]) -> None:

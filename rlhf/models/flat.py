@@ -113,5 +113,6 @@ def flatten(batch: TokenBatch) -> FlatBatch:
             index[row, :shared] = np.arange(*prefix)
             index[row, shared : lengths[row]] = np.arange(own.start, own.stop)
     device = batch.tokens.device
-    row_of = (np.concatenate(parts)[None], np.concatenate(positions)[None], index)
-    return FlatBatch(*(torch.from_numpy(values).to(device) for values in row_of), tuple(segments))
+    made = (np.concatenate(parts)[None], np.concatenate(positions)[None], index)
+    tokens_there, positions_there, index_there = (torch.from_numpy(values).to(device) for values in made)
+    return FlatBatch(tokens_there, positions_there, index_there, tuple(segments))

@@ -14,7 +14,7 @@ from rlhf.models.flat import FlatBatch, Segment
 from rlhf.models.lora import unwrapped
 
 NAME = "rlhf_flat"
-SHORT = 512
+SHORT = {torch.bfloat16: 1024, torch.float32: 256}
 """Keys up to which plain matrix products on a CPU beat torch's flash kernel, whose backward is slow there."""
 
 LAYERS = {"full_attention", "sliding_attention"}
@@ -64,7 +64,7 @@ def flat_attention(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, scale, window, flat)[None], None
-    if not q.is_cuda and flat.longest <= SHORT:
+    if not q.is_cuda and flat.longest <= SHORT.get(q.dtype, 0):
         masks = _Masks(flat.longest, q.shape[1] // k.shape[1], window, q)
         return _Products.apply(q, k, v, scale, masks, flat.segments)[None], None
     return _segment_by_segment(q, k, v, scale, window, flat.segments)[None], None
@@ -99,8 +99,8 @@ def _segment_by_segment(
         own = (queries[number], *(torch.cat([states[i] for i in seen]) for states in (keys, values)))
         plain = trunk is None and window is None
         mask = None if plain else _allowed(segment, window, q.device)
-        heads = (states.transpose(0, 1)[None] for states in own)
-        out = scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=True)
+        query, key, value = (states.transpose(0, 1)[None] for states in own)
+        out = scaled_dot_product_attention(query, key, value, mask, 0.0, plain, scale=scale, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -150,7 +150,8 @@ class _Products(torch.autograd.Function):
         """Return the gradients of q, k and v; those of a shared prefix are the sum over all who see it."""
         q, k, v, *weights = ctx.saved_tensors
         (grad,) = grads
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        wide = torch.float32 if any(segment.prefix[1] for segment in ctx.segments) else q.dtype
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for segment, weight in zip(ctx.segments, weights, strict=True):
             queries, keys, values = _queries(q, segment, k.shape[1]), _keys(k, segment), _keys(v, segment)
             out = _queries(grad, segment, k.shape[1])
@@ -159,7 +160,7 @@ class _Products(torch.autograd.Function):
             dscore = torch._softmax_backward_data(dweight, weight, -1, weight.dtype).mul_(ctx.scale)
             _put_queries(dq, segment, torch.bmm(dscore, keys))
             _add_keys(dk, segment, torch.bmm(dscore.transpose(1, 2), queries))
-        return dq, dk, dv, None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _queries(states: Tensor, segment: Segment, key_heads: int) -> Tensor:

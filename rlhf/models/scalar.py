@@ -64,7 +64,7 @@ def scalars(model: PreTrainedModel | PeftModel, inputs: Mapping[str, Any]) -> Te
 
 @torch.no_grad()
 def fold_standardisation(model: PreTrainedModel | PeftModel, mean: float, std: float) -> None:
-    """Change the head so that what `scalars` returns becomes (before - mean) / std, and stays so when saved and reloaded.
+    """Change the head so that `scalars` returns (before - mean) / std, also when it was saved and reloaded.
 
     The deviation goes into the weights (rounded to their dtype) and the mean into `rlhf_score_offset`, so plain
     transformers differs by that constant only, which no comparison sees. Raises TrainingError without spread.

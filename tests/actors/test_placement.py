@@ -11,7 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from actors import placement
-from actors.placement import reserve
+from actors.placement import reserve, wait_for_room
 from rlhf.errors import ResourceError
 from rlhf.recipe.placement import Bundle, Process
 
@@ -95,6 +95,14 @@ def test_waiting_is_said_and_ends_at_the_timeout(held, monkeypatch):
     assert 3 <= seconds < 9
     assert 1 <= len(said) <= 3
     assert re.fullmatch(r"waiting for the cluster: needed 2 CPU, free 1 CPU \([12] s of 3 s\)", said[0])
+
+
+def test_a_reservation_that_is_gone_is_no_reason_to_wait(held):
+    bundles = bundles_of({"other": {"CPU": 1.0}})
+    group = reserve(bundles, 60, lambda _: None)
+    remove_placement_group(group)
+    with pytest.raises(ResourceError, match="Ray has dropped what was reserved for this run"):
+        wait_for_room(group, bundles, 60, lambda _: None)
 
 
 def test_what_timed_out_is_not_reserved_later(held):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_keys_of_a_segment_are_its_prompts_and_its_own() -> None:
     flat = flatten(batch())
     assert flat.key_index is not None
     bounds = flat.key_bounds.tolist()
-    seen = [flat.key_index[start:stop].tolist() for start, stop in zip(bounds, bounds[1:], strict=False)]
+    seen = [flat.key_index[start:stop].tolist() for start, stop in pairwise(bounds)]
     assert seen[2] == [*range(20, 40), *range(40, 51)]
     assert seen[8] == list(range(98, 107))
     assert flat.query_bounds.tolist() == [0, 20, 40, 51, 67, 68, 70, 78, 98, 107]
@@ -131,7 +132,7 @@ def test_flat_equals_padded(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_long_segments_take_torchs_attention_and_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat_attention, "SHORT", 0)
+    monkeypatch.setattr(flat_attention, "SHORT", {})
     assert_flat_equals_padded(build(name, ARCHITECTURES[name]), response_logprobs)
 
 
