@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -54,4 +55,6 @@ class HeadWatch:
         )
         for process in psutil.Process().children(recursive=True):
             process.kill()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(ResourceError.exit_code)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLAN_WIDTH = 100
 TERMINATED = 143
+PARTS = ("gemm", "copy", "learners", "rollouts", "transfer", "ray")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -226,6 +227,26 @@ def doctor(output: Path, as_json: bool) -> None:
     from rlhf.doctor.machine import check_machine
 
     sys.exit(print_checks(check_machine(output), as_json))
+
+
+@main.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--only", multiple=True, type=click.Choice(PARTS), help="Measure this part and its limits; may be repeated."
+)
+@click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures there too.")
+@reports_errors
+def bench(recipe: Path | None, only: tuple[str, ...], output: Path | None) -> None:
+    """Measure this machine, or RECIPE's roles on it: products, copies, learners, rollouts, transfer, Ray."""
+    quiet_libraries()
+    from actors.bench import cluster
+    from actors.worker import learner_environment
+    from rlhf.bench.command import bench as measure_and_print
+    from rlhf.bench.measure import Options
+    from rlhf.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, ()) if recipe else None
+    sys.exit(measure_and_print(Options(loaded and loaded.recipe, only, learner_environment()), cluster, output))
 
 
 @main.command()

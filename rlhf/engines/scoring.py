@@ -10,29 +10,68 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
 
+from rlhf.algorithms.linear_logprobs import linear_logprobs, linear_token_scores
 from rlhf.algorithms.logprobs import align, entropies, selected_logprobs
 from rlhf.algorithms.masked import last_index
 from rlhf.engines.shares import Part, filled
 from rlhf.models.flat import flatten
 from rlhf.models.flat_attention import runs_flat
+from rlhf.models.head import last_hidden, plain_head, vocabulary
 from rlhf.models.scalar import scalars
 from rlhf.types import TokenBatch
 
 SHORT = 256
 
+LARGE = 2**24
+"""Logits from which on they are computed in parts: below, writing them all down takes less time."""
 
-def response_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the logits `[S, V]` and the ids `[S]` of the S response tokens, row by row.
+
+def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+    """Return differentiable logprobs of the response tokens, `[B, T]` float32, 0 elsewhere."""
+    scored = _scored(batch)
+    if (weight := _large_head(model, scored)) is not None:
+        found = linear_logprobs(_states(model, batch, scored), weight, batch.tokens[scored], temperature)
+    else:
+        found = selected_logprobs(_logits(model, batch, scored, temperature), batch.tokens[scored])
+    return _place(found, scored)
+
+
+@torch.no_grad()
+def token_scores(model: nn.Module, batch: TokenBatch, temperature: float) -> Tensor:
+    """Return logprobs and entropies of the response tokens, `[B, 2, T]` float32, 0 elsewhere; no gradient."""
+    scored = _scored(batch)
+    if (weight := _large_head(model, scored)) is not None:
+        found = linear_token_scores(_states(model, batch, scored), weight, batch.tokens[scored], temperature)
+    else:
+        logits = _logits(model, batch, scored, temperature)
+        found = (selected_logprobs(logits, batch.tokens[scored]), entropies(logits))
+    return torch.stack([_place(values, scored) for values in found], dim=1)
+
+
+def _large_head(model: nn.Module, scored: Tensor) -> Tensor | None:
+    """Return the head's weight where the logits of all scored tokens are too many to write them down."""
+    if not runs_flat(model) or int(scored.sum()) * vocabulary(model) < LARGE:
+        return None
+    return plain_head(model)
+
+
+def _states(model: nn.Module, batch: TokenBatch, scored: Tensor) -> Tensor:
+    """Return the hidden states that the scored tokens are predicted from, row by row, `[S, H]`."""
+    flat = flatten(batch)
+    return last_hidden(model, flat.inputs())[0][flat.index[:, :-1][scored[:, 1:]]]
+
+
+def _logits(model: nn.Module, batch: TokenBatch, scored: Tensor, temperature: float) -> Tensor:
+    """Return the logits of the scored tokens, row by row, `[S, V]`.
 
     Only the positions that they are predicted from go through the language-model head.
     """
-    scored = _scored(batch)
     if runs_flat(model):
         flat = flatten(batch)
         logits = model(**flat.inputs(), logits_to_keep=flat.index[:, :-1][scored[:, 1:]]).logits[0]
     else:
         logits = _padded_logits(model, batch, scored)
-    return logits if temperature == 1 else logits / temperature, batch.tokens[scored]
+    return logits if temperature == 1 else logits / temperature
 
 
 def _scored(batch: TokenBatch) -> Tensor:
@@ -65,18 +104,6 @@ def short_attention(batch: TokenBatch) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
-    """Return differentiable logprobs of the response tokens, `[B, T]` float32, 0 elsewhere."""
-    return _place(selected_logprobs(*response_logits(model, batch, temperature)), batch)
-
-
-def token_scores(model: nn.Module, batch: TokenBatch, temperature: float) -> Tensor:
-    """Return logprobs and entropies of the response tokens, `[B, 2, T]` float32, 0 elsewhere."""
-    logits, targets = response_logits(model, batch, temperature)
-    found = (selected_logprobs(logits, targets), entropies(logits))
-    return torch.stack([_place(values, batch) for values in found], dim=1)
-
-
 def response_values(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Return differentiable values before each response token, `[B, T]` float32, 0 elsewhere."""
     return align(_values(model, batch)[:, :-1]).masked_fill(~batch.response_mask, 0.0)
@@ -97,9 +124,9 @@ def _values(model: nn.Module, batch: TokenBatch) -> Tensor:
         return scalars(model, padded)
 
 
-def _place(values: Tensor, batch: TokenBatch) -> Tensor:
+def _place(values: Tensor, scored: Tensor) -> Tensor:
     """Put what is of the scored tokens, `[S]`, where they stand, `[B, T]`."""
-    return values.new_zeros(batch.tokens.shape).masked_scatter(_scored(batch), values)
+    return values.new_zeros(scored.shape).masked_scatter(scored, values)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlhf.engines import scoring
 from rlhf.engines.scoring import response_logprobs, response_values, sequence_scores
 from rlhf.models import flat_attention
 from rlhf.models.flat import Segment, flatten
@@ -125,8 +126,10 @@ def test_keys_of_a_segment_are_its_prompts_and_its_own() -> None:
     assert flatten(batch().select([0, 1, 2])).key_index is None
 
 
+@pytest.mark.parametrize("logits", ["whole", "in parts"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_flat_equals_padded(name: str) -> None:
+def test_flat_equals_padded(name: str, logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "LARGE", 0 if logits == "in parts" else 10**9)
     assert_flat_equals_padded(build(name, ARCHITECTURES[name]), response_logprobs)
 
 
