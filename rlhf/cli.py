@@ -16,11 +16,12 @@ from rlhf.errors import RlhfError
 from rlhf.untrusted import printable
 
 if TYPE_CHECKING:
+    from rlhf.bench.figures import Part
     from rlhf.recipe.load import LoadedRecipe
 
 PLAN_WIDTH = 100
 TERMINATED = 143
-PARTS = ("gemm", "copy", "learners", "rollouts", "transfer", "ray")
+PARTS: tuple[Part, ...] = ("gemm", "copy", "learners", "rollouts", "transfer", "ray")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -245,8 +246,9 @@ def bench(recipe: Path | None, only: tuple[str, ...], output: Path | None) -> No
     from rlhf.bench.measure import Options
     from rlhf.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe, ()) if recipe else None
-    sys.exit(measure_and_print(Options(loaded and loaded.recipe, only, learner_environment()), cluster, output))
+    wanted = load_recipe(recipe, ()).recipe if recipe else None
+    parts = [part for part in PARTS if part in only]
+    sys.exit(measure_and_print(Options(wanted, parts, learner_environment()), cluster, output))
 
 
 @main.command()

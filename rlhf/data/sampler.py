@@ -17,10 +17,16 @@ def permutation(rows: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(rows, generator=generator).tolist()
 
 
-def batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Yield the row indices of each optimizer step; the last batch of an epoch may be smaller."""
+def batches(rows: int, batch_size: int, epochs: int, seed: int, group: int = 1) -> Iterator[list[int]]:
+    """Yield the row indices of each optimizer step; the last batch of an epoch may be smaller.
+
+    Where batches of `batch_size` can hold groups of `group` neighbouring rows (a prompt's samples) whole, groups are
+    shuffled and stay together, so that their prompt goes through a model once; else single rows are.
+    """
+    unit = group if batch_size % group == 0 and rows % group == 0 else 1
     for epoch in range(epochs):
-        order = permutation(rows, seed, epoch)
+        first = [unit * place for place in permutation(rows // unit, seed, epoch)]
+        order = [row for start in first for row in range(start, start + unit)]
         for start in range(0, rows, batch_size):
             yield order[start : start + batch_size]
 

@@ -6,32 +6,40 @@ from dataclasses import dataclass
 
 from rlhf.recipe.model_shape import Model
 
-SHORT = 256
-"""On the CPU, rows up to this width go through plain matrix products, which hold all attention scores in float32."""
+SHORT = {4: 256, 2: 1024}
+"""By bytes of a weight: up to this width the CPU's attention is plain matrix products, which keep all its weights."""
 
 FLOAT = 4
+
+LARGE = 2**24
+"""Logits of a pass from which on they are computed in parts."""
+
+PART = 2**25
+"""Bytes of logits that are computed at once in the model's dtype, on the CPU; a GPU has eight times as many."""
+
+KEPT = 2**28
+"""Bytes up to which the probabilities of a head that learns are kept for its gradient."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A micro-batch: `tokens` padded tokens in rows of `width`, `scored` of them through the language-model head.
+    """A micro-batch: `tokens` laid flat, in sequences of `width`, `scored` of them through the language-model head.
 
-    An optimizer step takes `passes` of them. Rows of unequal length are `masked`.
+    An optimizer step takes `passes` of them.
     """
 
     tokens: int
     width: int
     scored: int
     passes: int = 1
-    masked: bool = True
 
 
 def kept(model: Model, work: Pass, on_gpu: bool) -> float:
     """Return the bytes that autograd keeps of one layer until its backward pass.
 
     Two norms keep their input in float32 and, where their weight trains, the normalised input; linear layers keep
-    their inputs; attention keeps queries, keys and values, repeated to all heads where there is a mask, and either
-    every score in float32 (plain products) or the mask in the model's dtype; a gated MLP keeps four tensors.
+    their inputs; attention keeps queries, keys and values and either every weight (plain products) or one sum a head;
+    a gated MLP keeps four tensors.
     """
     shape, size = model.shape, model.size
     full = model.lora is None
@@ -45,8 +53,8 @@ def backward(model: Model, work: Pass, on_gpu: bool) -> float:
     """Return the bytes of gradients that are alive at once within one layer's backward pass."""
     shape, size = model.shape, model.size
     mlp = size * (3 * shape.intermediate + 2 * shape.hidden)
-    scores = 2 * FLOAT * shape.heads * work.width if materialised(work, on_gpu) else 0
-    return work.tokens * max(mlp, scores + 4 * size * shape.q_width + 2 * size * shape.hidden)
+    attention = size * (3 * shape.q_width + 4 * shape.kv_width + 2 * shape.hidden)
+    return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
 
 
 def forward(model: Model, work: Pass, on_gpu: bool) -> float:
@@ -54,34 +62,41 @@ def forward(model: Model, work: Pass, on_gpu: bool) -> float:
     shape, size = model.shape, model.size
     mlp = size * (3 * shape.hidden + 3 * shape.intermediate)
     attention = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
-    if materialised(work, on_gpu):
-        attention += FLOAT * (5 * shape.q_width + 2 * shape.heads * work.width)
-    elif work.masked:
-        attention += size * work.width
-    return work.tokens * max(mlp, attention)
+    if materialised(model, work, on_gpu):  # all of a layer's weights, until its last segment is done
+        attention += size * shape.heads * work.width
+    return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
 
 
 def logits(model: Model, work: Pass, training: bool) -> int:
     """Return the bytes of all copies of the logits that are alive at once.
 
-    Forward: the logits, in float32 too where they are not, and their log-softmax. Backward: the log-softmax, its
-    gradient and that of the logits, all float32. A scalar model has none.
+    Many are computed in parts, and only a head that learns keeps their probabilities, if they are not too many. Few
+    are whole. Forward: the logits, in float32 too where they are not, and their log-softmax. Backward: the log-softmax,
+    its gradient and that of the logits, all float32. A scalar model has none.
     """
     if model.scalar:
         return 0
+    if work.scored * model.shape.vocabulary >= LARGE:
+        all_of_them = model.size * work.scored * model.shape.vocabulary
+        learns = training and model.lora is None
+        return min(PART, all_of_them) if not learns or all_of_them > KEPT else all_of_them
     forward = model.size + FLOAT + (FLOAT if model.size < FLOAT else 0)
     return work.scored * model.shape.vocabulary * (3 * FLOAT if training else forward)
 
 
-def materialised(work: Pass, on_gpu: bool) -> bool:
-    """Return whether attention scores are held in memory."""
-    return not on_gpu and work.width <= SHORT
+def materialised(model: Model, work: Pass, on_gpu: bool) -> bool:
+    """Return whether the weights of the attention are held in memory."""
+    return not on_gpu and work.width <= SHORT[model.size]
 
 
 def _attention(model: Model, work: Pass, on_gpu: bool) -> float:
     shape, size = model.shape, model.size
-    if materialised(work, on_gpu):
-        return FLOAT * (3 * shape.q_width + shape.heads * work.width)
-    repeated = shape.q_width if work.masked else shape.kv_width
-    mask = size * work.width if work.masked else 0
-    return size * (shape.q_width + 2 * repeated) + FLOAT * shape.heads + mask
+    weights = size * work.width if materialised(model, work, on_gpu) else FLOAT
+    return size * (shape.q_width + 2 * shape.kv_width) + shape.heads * weights
+
+
+def _one_sequence(model: Model, work: Pass, on_gpu: bool) -> float:
+    """Return the bytes of one sequence's scores and of what they become, where they are in memory at all."""
+    if not materialised(model, work, on_gpu):
+        return 0
+    return 3 * model.size * model.shape.heads * work.width**2

@@ -9,7 +9,7 @@ single processes that score differ by up to a half from each other.
 
 from __future__ import annotations
 
-from rlhf.recipe.activations import FLOAT, Pass, materialised
+from rlhf.recipe.activations import FLOAT, Pass
 from rlhf.recipe.model_shape import Model
 
 FREED = {4: 0.45, 2: 0.22}
@@ -44,16 +44,13 @@ def _freed(model: Model, work: Pass) -> float:
     """Return the bytes by token that one layer's forward pass allocates and autograd does not keep.
 
     The norms' squares, and in bfloat16 or beside frozen weights the normalised input; queries, keys and values before
-    and while positions are rotated in; what plain attention casts, scales and sums up; outputs that residuals take
-    up; and of each adapted layer three outputs, the base's, the adapter's and the scaled one.
+    and while positions are rotated in; outputs that residuals take up; and of each adapted layer three outputs, the
+    base's, the adapter's and the scaled one.
     """
     shape, size = model.shape, model.size
     q_width, kv_width = shape.q_width, shape.kv_width
     freed: float = FLOAT * shape.hidden * (4 if size < FLOAT or model.lora else 2)
     freed += size * (4 * q_width + 5 * kv_width + 2 * shape.hidden)
-    if materialised(work, on_gpu=False):
-        freed += FLOAT * (4 * q_width + shape.heads * work.width)
-        freed += FLOAT * 3 * q_width + size * shape.heads * work.width if size < FLOAT else 0
     if model.lora:
         targets = shape.lora_width(model.lora) / (7 * model.lora.r)
         freed += 3 * size * targets * (q_width + 2 * kv_width + 2 * shape.hidden + 2 * shape.intermediate)

@@ -27,7 +27,8 @@ class Scored:
     """A step's rollouts once every role has spoken; what is of tokens is `[B, T]` and 0 off the response.
 
     groups `[B]` numbers each rollout's prompt from 0. raw_scores `[B]` are the judge's, scores `[B]` those that are
-    learnt from. values are the critic's, 0 without one. unfinished `[B]` says which responses met the length limit.
+    learnt from. `old` is what the trainer says of the policy before the step; None where the engine's logprobs stand
+    for it. values are the critic's, 0 without one. unfinished `[B]` says which responses met the length limit.
     `stale` says that the policy has moved on since it sampled them. `rollouts` are the rows, and `skipped` counts the
     prompts that are not among them because a reward service failed.
     """
@@ -36,7 +37,7 @@ class Scored:
     groups: Tensor
     raw_scores: Tensor
     scores: Tensor
-    old: TokenScores
+    old: TokenScores | None
     ref_logprobs: Tensor
     values: Tensor
     unfinished: Tensor
@@ -44,12 +45,18 @@ class Scored:
     rollouts: Sequence[Rollout] = ()
     skipped: Metrics = field(default_factory=Metrics)
 
+    @property
+    def old_logprobs(self) -> Tensor:
+        """The logprobs of the policy before the step, `[B, T]`: the trainer's, or else the engine's."""
+        return self.batch.rollout_logprobs if self.old is None else self.old.logprobs
+
     def kl(self) -> Tensor:
         """Return the sum over all rollouts of the sequence KL to the reference (k1), in nats, a scalar.
 
-        It is the KL of the policy that sampled them; by the trainer's numbers where that is the present one.
+        It is the KL of the policy that sampled them; by the trainer's numbers where it is the present one and they are
+        there.
         """
-        sampled = self.batch.rollout_logprobs if self.stale else self.old.logprobs
+        sampled = self.batch.rollout_logprobs if self.stale else self.old_logprobs
         return masked_sum(sampled - self.ref_logprobs, self.batch.response_mask)
 
 
@@ -85,25 +92,27 @@ def collect(
     score: Callable[[], Pending[Tensor]],
     pad_id: int,
     stage: OnlineStage,
+    asks_policy: bool = True,
 ) -> Scored:
     """Ask every role about the rollouts, all at the same time; `score` begins the judge's scoring.
 
-    Prompts without scores are left out where the recipe allows that (`Skips`). GuardError names the role and the prompt
-    of any other number that is not finite.
+    The policy is left out where not `asks_policy`. Prompts without scores are left out where the recipe allows that
+    (`Skips`). GuardError names the role and the prompt of any other number that is not finite.
     """
     batch = collate_rollouts(rollouts, pad_id)
-    old_pending, ref_pending = roles.policy.logprobs(batch), roles.reference.logprobs(batch)
-    score_pending, value_pending = score(), valued.values(batch)
-    old, ref = old_pending.result(), ref_pending.result()
+    old_pending = roles.policy.logprobs(batch) if asks_policy else None
+    ref_pending, score_pending, value_pending = roles.reference.logprobs(batch), score(), valued.values(batch)
+    old, ref = old_pending.result() if old_pending else None, ref_pending.result()
     raw_scores, values = score_pending.result(), value_pending.result()
     skips = Skips(roles.reward)
     rows = skips.kept(raw_scores, rollouts)
     if len(rows) < len(rollouts):
         rollouts, batch, raw_scores = [rollouts[row] for row in rows], batch.select(rows), raw_scores[rows]
-        old, ref = (TokenScores(said.logprobs[rows], said.entropy[rows]) for said in (old, ref))
-        values = values[rows]
-    for role, said in (("policy", old.logprobs), ("reference", ref.logprobs), ("critic", values)):
-        check_finite(role, said, batch.response_mask, rollouts)
+        old, ref, values = old and _picked(old, rows), _picked(ref, rows), values[rows]
+    told = {"policy": old.logprobs if old else None, "reference": ref.logprobs, "critic": values}
+    for role, said in told.items():
+        if said is not None:
+            check_finite(role, said, batch.response_mask, rollouts)
     unfinished = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
     lengths = batch.response_mask.sum(dim=1)
     return Scored(
@@ -119,6 +128,10 @@ def collect(
         rollouts=rollouts,
         skipped=skips.metrics(),
     )
+
+
+def _picked(scores: TokenScores, rows: Sequence[int]) -> TokenScores:
+    return TokenScores(scores.logprobs[rows], scores.entropy[rows])
 
 
 def check_finite(role: str, said: Tensor, mask: Tensor, rollouts: Sequence[Rollout]) -> None:
@@ -155,16 +168,21 @@ def shaped(raw_scores: Tensor, lengths: Tensor, unfinished: Tensor, stage: Onlin
 
 
 def measure(scored: Scored, compares_samples: bool) -> Metrics:
-    """Return what every method reports of its rollouts; the share of flat groups where samples are compared."""
+    """Return what every method reports of its rollouts; the share of flat groups where samples are compared.
+
+    `entropy` and `agreement` are the trainer's to say, so they are missing in steps in which it was not asked.
+    """
     mask, rows = scored.batch.response_mask, len(scored.scores)
     tokens = float(mask.sum())
-    gap = (scored.old.logprobs - scored.batch.rollout_logprobs).abs()
     per_row = Metrics.of(
         rows, reward=scored.raw_scores.sum(), kl=scored.kl(), length=tokens, unfinished=scored.unfinished.sum()
     )
-    per_token = Metrics.of(tokens, entropy=masked_sum(scored.old.entropy, mask), agreement=masked_sum(gap, mask))
-    once = Metrics.of(1, agreement_max=gap[mask].max(), reward_std=scored.raw_scores.std() if rows > 1 else 0.0)
-    metrics = per_row.merge(per_token).merge(once).merge(scored.skipped)
+    once = Metrics.of(1, reward_std=scored.raw_scores.std() if rows > 1 else 0.0)
+    metrics = per_row.merge(once).merge(scored.skipped)
+    if scored.old:
+        gap = (scored.old.logprobs - scored.batch.rollout_logprobs).abs()
+        per_token = Metrics.of(tokens, entropy=masked_sum(scored.old.entropy, mask), agreement=masked_sum(gap, mask))
+        metrics = metrics.merge(per_token).merge(Metrics.of(1, agreement_max=gap[mask].max()))
     if compares_samples:
         flat = flat_groups(scored.scores, scored.groups)
         metrics = metrics.merge(Metrics.of(len(flat), flat_groups=flat.sum()))

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from rlhf.data.collate import collate, collate_labelled
+from rlhf.data.collate import collate_labelled
 from rlhf.data.sequences import LabelledSequence, TokenSequence, answered
 from rlhf.engines.preference_objectives import Kto
 from rlhf.errors import DataError
@@ -17,7 +17,7 @@ from rlhf.roles import Reference
 from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs
 from rlhf.stages.pairs import load_examples
-from rlhf.stages.preference import response_sums
+from rlhf.stages.reference_cache import reference_sums, response_sums
 from rlhf.stages.sft import Summary
 from rlhf.types import LabelledBatch
 
@@ -35,16 +35,21 @@ class Example:
 def run(stage: KtoStage, context: StageContext) -> Summary:
     """Train on the responses and save the merged policy; `heldout_*` are measured against their own reference point.
 
-    The policy before its first step is the reference, so its logprobs are computed once, up front. What the methods on
-    pairs call accuracy is `heldout_pair_accuracy`, where the held-out responses come in pairs.
+    The policy before its first step is the reference, so its logprobs are computed once, up front, unless an earlier
+    run has left them. What the methods on pairs call accuracy is `heldout_pair_accuracy`, where the held-out responses
+    come in pairs.
     """
     tokenizer = context.tokenizer(stage.policy)
     split = load_examples(stage, context, tokenizer)
-    policy = context.launcher.policy(context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora))
+    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora)
+    policy = context.launcher.policy(spec)
     prompts = [_split(row.sequence)[0] for row in split.train]
+    sides = [(rows, mismatches(rows, prompts, stage.max_length)) for rows in (split.train, split.heldout)]
+    groups = [sequences for rows, others in sides for sequences in ([row.sequence for row in rows], others)]
+    sums = reference_sums(policy, spec, groups, tokenizer.pad_id, context)
     train, heldout = (
-        _referenced(policy, rows, mismatches(rows, prompts, stage.max_length), tokenizer.pad_id)
-        for rows in (split.train, split.heldout)
+        [Example(*parts) for parts in zip(*side, own, mixed, strict=True)]
+        for side, own, mixed in zip(sides, sums[::2], sums[1::2], strict=True)
     )
     batch = partial(labelled_batch, policy, pad_id=tokenizer.pad_id)
     objective = Kto(stage.beta, stage.desirable_weight, stage.undesirable_weight)
@@ -86,8 +91,8 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
     the same however the batch is cut (Ethayarajh et al. 2024, section 4.1).
     """
     batch = collate_labelled([row.labelled for row in rows], pad_id)
-    sums = response_sums(policy, collate([row.mismatched for row in rows], pad_id))
-    kl = float((sums - torch.tensor([row.mismatched_ref_logprob for row in rows])).mean())
+    sums = response_sums(policy, [row.mismatched for row in rows], pad_id)
+    kl = float((torch.tensor(sums) - torch.tensor([row.mismatched_ref_logprob for row in rows])).mean())
     return replace(
         batch,
         ref_logprobs=torch.tensor([row.ref_logprob for row in rows]),
@@ -95,22 +100,10 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
     )
 
 
-def _referenced(
-    reference: Reference, rows: Sequence[LabelledSequence], others: Sequence[TokenSequence], pad_id: int
-) -> list[Example]:
-    if not rows:
-        return []
-    own, mixed = (
-        response_sums(reference, collate(sequences, pad_id)).tolist()
-        for sequences in ([row.sequence for row in rows], others)
-    )
-    return [Example(*parts) for parts in zip(rows, others, own, mixed, strict=True)]
-
-
 def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
     """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio."""
-    own = response_sums(policy, collate([row.labelled.sequence for row in rows], pad_id))
-    ratios = own - torch.tensor([row.ref_logprob for row in rows])
+    own = response_sums(policy, [row.labelled.sequence for row in rows], pad_id)
+    ratios = torch.tensor(own) - torch.tensor([row.ref_logprob for row in rows])
     return float((ratios[::2] > ratios[1::2]).float().mean())
 
 

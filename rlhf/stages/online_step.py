@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rlhf.errors import GuardError
-from rlhf.recipe.online_schema import AnyOnlineStage, OnlineDpoStage, OnlineStage
+from rlhf.recipe.online_schema import AnyOnlineStage, OnlineDpoStage, OnlineStage, PolicyGradientStage
 from rlhf.roles import Learner, RewardSource, Roles, WeightReceipt
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored, Valued, collect, measure
@@ -120,7 +120,8 @@ def make_step(
     that time counts as generation.
     """
     stage, context, roles, clock = training.stage, training.context, training.roles, step.clock
-    scored = collect(roles, training.method, drawn.rollouts, drawn.score, training.pad_id, stage)
+    asked = asks_policy(stage, step.number)
+    scored = collect(roles, training.method, drawn.rollouts, drawn.score, training.pad_id, stage, asked)
     metrics = measure(scored, training.method.compares_samples).merge(drawn.metrics)
     if gate:
         metrics = metrics.merge(gate())
@@ -146,6 +147,15 @@ def make_step(
     if stage.save_every and receipt.version % stage.save_every == 0:
         roles.policy.save(context.folder / "checkpoints" / f"step-{receipt.version}").result()
     return receipt
+
+
+def asks_policy(stage: OnlineStage, step: int) -> bool:
+    """Return whether the trainer scores a step's rollouts: always, or where the gate between it and the engine is due.
+
+    In other steps `old_logprobs: rollout` takes the engine's logprobs.
+    """
+    by_engine = isinstance(stage, PolicyGradientStage) and stage.old_logprobs == "rollout"
+    return not by_engine or step % stage.agreement.interval == 0
 
 
 def check_step(metrics: Metrics, step: int, stage: OnlineStage) -> None:

@@ -31,7 +31,12 @@ from rlhf.types import Experience, Metrics, TokenBatch
 
 
 class PolicyGradient:
-    """Estimates advantages and takes clipped steps along them; a critic trains at the same time as the policy."""
+    """Estimates advantages and takes clipped steps along them; a critic trains at the same time as the policy.
+
+    The ratio of all minibatches and epochs is to the policy before the step. With `old_logprobs: rollout` that is the
+    engine's word in the steps between agreement checks: the ratio of policy to engine is then at once the weight that
+    corrects for what sampled, so every `importance_weight` is 1, and the clip bounds their difference too.
+    """
 
     def __init__(self, stage: PolicyGradientStage, context: StageContext, policy: Policy, estimator: Estimator) -> None:
         self.stage = stage
@@ -62,18 +67,18 @@ class PolicyGradient:
     def learn(self, scored: Scored, step: int, total: int) -> Metrics:
         """Train on the scored rollouts, policy and critic on the same minibatches."""
         stage, mask = self.stage, scored.batch.response_mask
-        kl = kl_estimate(scored.old.logprobs, scored.ref_logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
+        kl = kl_estimate(scored.old_logprobs, scored.ref_logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
         estimate = self.estimator.estimate(scored, kl, self.kl.coef if stage.kl_in == "reward" else 0.0)
         experience = Experience(
             batch=scored.batch,
             scores=scored.scores,
             kl=kl,
-            old_logprobs=scored.old.logprobs,
+            old_logprobs=scored.old_logprobs,
             ref_logprobs=scored.ref_logprobs,
             advantages=estimate.advantages,
         )
         seed = self.context.seed("minibatches", step)
-        minibatches = list(batches(len(experience), stage.minibatch_size, stage.epochs, seed))
+        minibatches = list(batches(len(experience), stage.minibatch_size, stage.epochs, seed, stage.samples_per_prompt))
         scale = lr_scale(stage.optimizer, step, total)
         updates = [
             self.policy.train(experience, objective(stage, self.kl.coef), minibatches, scale),

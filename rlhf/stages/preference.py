@@ -8,20 +8,18 @@ from functools import partial
 from inspect import signature
 
 import torch
-from torch import Tensor
 
-from rlhf.algorithms.logprobs import sequence_logprobs
 from rlhf.algorithms.preference import PAIR_LOSSES, PairLoss
 from rlhf.data.collate import collate_pairs
-from rlhf.data.sequences import TokenPair
+from rlhf.data.sequences import TokenPair, TokenSequence
 from rlhf.engines.preference_objectives import Preference
 from rlhf.recipe.preference_schema import REFERENCE_FREE, AnyPairStage
-from rlhf.roles import Reference
 from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs
 from rlhf.stages.pairs import load_pairs
+from rlhf.stages.reference_cache import reference_sums
 from rlhf.stages.sft import Summary
-from rlhf.types import PreferenceBatch, TokenBatch
+from rlhf.types import PreferenceBatch
 
 ReferencedPair = tuple[TokenPair, float, float]
 """A pair with the sums of the reference's logprobs of the chosen and the rejected completion."""
@@ -30,14 +28,20 @@ ReferencedPair = tuple[TokenPair, float, float]
 def run(stage: AnyPairStage, context: StageContext) -> Summary:
     """Train on the pairs and save the merged policy; the held-out accuracy is of the loss's own implicit reward.
 
-    The policy before its first step is the reference, so its logprobs are computed once, up front, or not at all.
+    The policy before its first step is the reference, so its logprobs are computed once, up front, or not at
+    all: where the loss does not read them, or an earlier run has left them (`reference_sums`).
     """
     tokenizer = context.tokenizer(stage.policy)
     split = load_pairs(stage, context, tokenizer)
-    policy = context.launcher.policy(context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora))
+    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora)
+    policy = context.launcher.policy(spec)
     collate = partial(_collate, pad_id=tokenizer.pad_id)
-    referenced = _unreferenced if stage.kind in REFERENCE_FREE else partial(_referenced, policy, tokenizer.pad_id)
-    train, heldout = referenced(split.train), referenced(split.heldout)
+    groups = (split.train, split.heldout)
+    if stage.kind in REFERENCE_FREE:
+        train, heldout = map(_unreferenced, groups)
+    else:
+        sums = reference_sums(policy, spec, [_sides(pairs) for pairs in groups], tokenizer.pad_id, context)
+        train, heldout = map(_referenced, groups, sums)
     objective = Preference(pair_loss(stage))
     train_epochs(policy, train, collate, objective, stage, context)
     summary: Summary = {"pairs": len(train)}
@@ -55,17 +59,12 @@ def pair_loss(stage: AnyPairStage) -> PairLoss:
     return partial(loss, **{name: getattr(stage, name) for name in settings})
 
 
-def response_sums(model: Reference, batch: TokenBatch) -> Tensor:
-    """Return the model's sum of log-probabilities over each row's response, `[B]`."""
-    return sequence_logprobs(model.logprobs(batch).result().logprobs, batch.response_mask)
+def _sides(pairs: Sequence[TokenPair]) -> list[TokenSequence]:
+    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
 
 
-def _referenced(model: Reference, pad_id: int, pairs: Sequence[TokenPair]) -> list[ReferencedPair]:
-    if not pairs:
-        return []
-    batch = collate_pairs(pairs, pad_id=pad_id)
-    chosen, rejected = (response_sums(model, side).tolist() for side in (batch.chosen, batch.rejected))
-    return list(zip(pairs, chosen, rejected, strict=True))
+def _referenced(pairs: Sequence[TokenPair], sums: Sequence[float]) -> list[ReferencedPair]:
+    return list(zip(pairs, sums[::2], sums[1::2], strict=True))
 
 
 def _unreferenced(pairs: Sequence[TokenPair]) -> list[ReferencedPair]:

@@ -194,7 +194,7 @@ def predict(case: Case, folder: Path) -> tuple[int, dict[str, int]]:
     tokens = rows * case.width
     scored = 0 if model.scalar else rows * (case.width - case.prompt)
     passes = -(-case.rows // rows)
-    work = Pass(tokens=tokens, width=case.width, scored=scored, passes=passes, masked=case.ragged)
+    work = Pass(tokens=tokens, width=case.width, scored=scored, passes=passes)
     memory = learner_memory(model, work, Cut(checkpointing=case.checkpointing), on_gpu=False)
     peak = memory.learn if trained else memory.score
     return peak.total, asdict(peak)

@@ -39,6 +39,34 @@ def test_steps_counts_batches(rows, size, epochs):
     assert steps(rows, size, epochs) == len(list(batches(rows, size, epochs, seed=0)))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3, 7])
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("groups_a_batch", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_stay_whole_and_in_order_where_batches_hold_whole_ones(groups, group, groups_a_batch, seed):
+    rows, size = groups * group, groups_a_batch * group
+    made = list(batches(rows, size, epochs=2, seed=seed, group=group))
+    assert made == list(batches(rows, size, epochs=2, seed=seed, group=group))
+    assert len(made) == steps(rows, size, epochs=2)
+    for epoch in (made[: len(made) // 2], made[len(made) // 2 :]):
+        assert sorted(chain.from_iterable(epoch)) == list(range(rows))
+        assert all(len(batch) == size for batch in epoch[:-1])
+        for batch in epoch:
+            members = [batch[start : start + group] for start in range(0, len(batch), group)]
+            assert all(one[0] % group == 0 and one == list(range(one[0], one[0] + group)) for one in members)
+
+
+def test_the_order_of_groups_is_that_of_single_rows():
+    assert [batch[::4] for batch in batches(40, 8, 2, seed=5, group=4)] == [
+        [4 * row for row in batch] for batch in batches(10, 2, 2, seed=5)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "size", "group"), [(12, 4, 3), (12, 2, 4), (13, 8, 4)])
+def test_single_rows_are_shuffled_where_batches_or_rows_would_cut_a_group(rows, size, group):
+    assert list(batches(rows, size, 2, seed=5, group=group)) == list(batches(rows, size, 2, seed=5))
+
+
 def test_rl_steps_walk_through_an_epoch_without_repeats():
     per_epoch = 3
     walked = [prompt_batch(rows=10, size=3, step=step, seed=1) for step in range(4 * per_epoch)]

@@ -1,11 +1,14 @@
 """What each method makes of the same scored rollouts, and what it asks its models to learn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from online_made import Pupil, context_of, scored_of, stage_of
 
 from rlhf.algorithms.advantages import group_normalised, leave_one_out
 from rlhf.algorithms.masked import whiten
+from rlhf.algorithms.ppo import importance_weights
 from rlhf.recipe.base import Optimizer
 from rlhf.stages.estimators import AgainstBatch, AgainstGroup, WithCritic
 from rlhf.stages.online import start_method
@@ -94,6 +97,26 @@ def test_every_epoch_takes_every_row_once_and_its_tokens_are_counted(tmp_path):
     assert all(sorted(minibatches[k] + minibatches[k + 1]) == list(range(6)) for k in (0, 2, 4))
     assert scale == 1
     assert context.tracker.gradient_tokens == 3 * batch.token_count() == 3 * (6 * 2 + 12)
+
+
+def test_minibatches_hold_whole_prompts_where_they_can(tmp_path):
+    """Then the samples of a prompt, which are laid flat with one copy of it, meet in one pass."""
+    for size, whole in ((3, True), (4, False)):
+        (_, _, minibatches, _), *_ = lesson(tmp_path, "rloo", scored_of(SCORES), epochs=4, minibatch_size=size)
+        assert sorted(row for rows in minibatches for row in rows) == sorted(4 * list(range(6)))
+        assert all(rows in ([0, 1, 2], [3, 4, 5]) for rows in minibatches) == whole
+
+
+def test_where_the_trainer_was_not_asked_the_engine_s_logprobs_are_the_old_ones(tmp_path):
+    """The importance weight, old over engine, is then 1, and the KL is that of the engine's numbers."""
+    scored = scored_of(SCORES, kl=0.5)
+    scored = replace(scored, batch=replace(scored.batch, rollout_logprobs=scored.old.logprobs * 1.25), old=None)
+    (batch, loss, *_), metrics, _ = lesson(tmp_path, "rloo", scored)
+    assert batch.old_logprobs is scored.batch.rollout_logprobs
+    assert metrics["kl_penalty"] == pytest.approx(0.05 * (0.5 - 0.25))
+    assert float(scored.kl()) == pytest.approx(12 * 0.25)
+    old, mask = batch.old_logprobs, batch.batch.response_mask
+    assert importance_weights(old, batch.batch.rollout_logprobs, loss.importance_cap)[mask].tolist() == [1] * 12
 
 
 @pytest.mark.parametrize(("total", "scale"), [(10, 0.7), (4, 0.25)])

@@ -133,11 +133,43 @@ def run_stage(method: str, finished: Path, folder: Path, *overrides: str) -> tup
         return STAGES[stage.kind](stage, context), launcher
 
 
-@pytest.mark.parametrize(("method", "passes"), [("ipo", 4), ("simpo", 0), ("orpo", 0)])
-def test_a_loss_without_a_reference_asks_for_none_and_the_others_once(finished, tmp_path, method, passes):
-    """Chosen and rejected, of the pairs to train on and of those held out; none of them again in a second epoch."""
+@pytest.mark.parametrize(("method", "passes"), [("ipo", 2), ("simpo", 0), ("orpo", 0)])
+def test_a_loss_without_a_reference_asks_for_none_and_the_others_once(finished, tmp_path, monkeypatch, method, passes):
+    """Both sides of the pairs to train on, and of those held out; none of them again in a second epoch."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     _, launcher = run_stage(method, finished, tmp_path, f"stages.{method}.epochs=2")
     assert len(launcher.asked) == passes
+
+
+ONE_STEP = "budget.gradient_tokens=1"
+
+
+def test_another_loss_on_the_same_pairs_asks_the_reference_nothing_and_learns_the_same(finished, tmp_path, monkeypatch):
+    """What IPO learns does not depend on whose pass the reference's logprobs come from, to the last bit."""
+    found = {}
+    for folder, first in (("alone", ()), ("after", ("dpo",))):
+        monkeypatch.setenv("RLHF_CACHE", str(tmp_path / folder / "cache"))
+        for method in first:
+            run_stage(method, finished, tmp_path / folder, ONE_STEP)
+        summary, launcher = run_stage("ipo", finished, tmp_path / folder)
+        model = tmp_path / folder / "stages" / "ipo" / "model" / "model.safetensors"
+        steps = [row["margin"] for row in rows(tmp_path / folder, "ipo")]
+        found[folder] = (len(launcher.asked), summary, steps, model.read_bytes())
+    (passes, *alone), (passes_after, *after) = found.values()
+    assert (passes, passes_after) == (2, 0)
+    assert after == alone
+
+
+def test_kto_on_the_same_pairs_asks_for_its_mismatches_alone(finished, tmp_path, monkeypatch):
+    """Its own responses are both sides of the pairs, which DPO has asked for."""
+    asked = {}
+    for folder, first in (("alone", ()), ("after", ("dpo",))):
+        monkeypatch.setenv("RLHF_CACHE", str(tmp_path / folder / "cache"))
+        for method in (*first, "kto"):
+            _, launcher = run_stage(method, finished, tmp_path / folder, ONE_STEP)
+        asked[folder] = launcher.asked
+    assert asked["after"] == [asked["alone"][1], *asked["alone"][3:]]
+    assert len(asked["alone"]) == 4 + 1 + 2
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -1,0 +1,90 @@
+"""The engine's logprobs as those of the policy before the step: what is left out, and what is checked all the same."""
+
+import json
+
+import pytest
+from online_made import stage_of
+from overlap_made import training_of
+from test_online_methods import RECIPES, rows, run
+
+from rlhf.errors import GuardError, RecipeError
+from rlhf.local import LocalModel
+from rlhf.recipe.load import load_recipe
+from rlhf.recipe.online_schema import Agreement
+from rlhf.stages.online import in_turn
+
+BY_TRAINER = ["entropy", "agreement", "agreement_max"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """GRPO in float32 with both kinds, in several minibatches and epochs: its metrics, and the passes of the policy."""
+    found = {}
+    for kind in ("recompute", "rollout"):
+        passes, plain = [], LocalModel.logprobs
+
+        def logprobs(self, batch, passes=passes, plain=plain):
+            passes.extend([len(batch)] if self.learner.spec.role == "policy" else [])
+            return plain(self, batch)
+
+        folder = tmp_path_factory.mktemp(kind)
+        settings = {"staleness": 0, "steps": 5, "prompts_per_step": 4, "epochs": 2, "optimizer.learning_rate": "1.0e-3"}
+        settings |= {"agreement.interval": 2, "old_logprobs": kind}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalModel, "logprobs", logprobs)
+            run(folder, "overlap.yaml", *(f"stages.grpo.{name}={value}" for name, value in settings.items()))
+        found[kind] = (rows(folder, "grpo"), len(passes))
+    return found
+
+
+def test_the_policy_is_asked_at_the_checks_alone(runs):
+    assert {kind: passes for kind, (_, passes) in runs.items()} == {"recompute": 5, "rollout": 3}
+
+
+def test_what_only_the_trainer_can_say_is_missing_in_between_and_not_zero(runs):
+    by_engine, by_trainer = runs["rollout"][0], runs["recompute"][0]
+    for name in BY_TRAINER:
+        assert [step for step, row in enumerate(by_engine) if name in row] == [0, 2, 4]
+        assert all(name in row for row in by_trainer)
+    assert all(set(trained) - set(row) <= set(BY_TRAINER) for row, trained in zip(by_engine, by_trainer, strict=True))
+    assert all(row["agreement"] < 1e-5 for row in by_engine[::2])
+
+
+def test_in_float32_the_same_is_learnt(runs):
+    for row, trained in zip(runs["rollout"][0], runs["recompute"][0], strict=True):
+        for name in ("reward", "kl", "length", "policy_loss", "ratio", "grad_norm"):
+            assert row[name] == pytest.approx(trained[name], rel=1e-2, abs=2e-3), name
+        assert row["importance_weight"] == pytest.approx(1, abs=1e-4)
+    assert [row["importance_weight"] for row in runs["rollout"][0][1::2]] == [1, 1]
+
+
+def test_the_gate_stops_the_run_at_its_next_check(tmp_path):
+    """The engine drifts while step 1 is learnt; checks are at steps 0, 3, 6."""
+
+    def during(what, number):
+        training.roles.policy.gap = 0.25 if (what, number) == ("learn", 1) else training.roles.policy.gap
+
+    stage = stage_of("grpo", steps=9, old_logprobs="rollout", agreement=Agreement(interval=3))
+    training = training_of(stage, tmp_path, during)
+    with pytest.raises(GuardError, match=r"differ by 0\.250 nats"):
+        in_turn(training)
+    assert training.roles.policy.done["learn"] == 3
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["agreement" in row for row in steps] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["agreement.interval=1"], "recompute where agreement.interval is 1 (the trainer's pass is left out between"),
+        (["agreement.interval=9", "staleness=1"], "recompute where staleness is above 0 (the engine's logprobs are"),
+        ([], "recompute where agreement.interval is 1"),
+    ],
+)
+def test_refused(settings, expected):
+    overrides = ["stages.grpo.old_logprobs=rollout", "stages.grpo.staleness=0"]
+    overrides += [f"stages.grpo.{setting}" for setting in settings]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(RECIPES / "smoke" / "overlap.yaml", tuple(overrides))
+    assert f"stages.grpo.old_logprobs: must be {expected}" in str(error.value)
+    assert str(error.value).endswith("got 'rollout'")
