@@ -32,6 +32,7 @@ class Interrupts:
         self.say = say
         self.wanted: int | None = None
         self.deferring = False
+        self.raised = False
         self.before: dict[int, Any] = {}
 
     @contextmanager
@@ -58,14 +59,16 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the signals to who had them."""
+        """Leave the signals to who had them; whatever an interrupt has become on its way out is one again."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.raised and self.wanted and error is not None and not isinstance(error, Interrupted):
+            raise Interrupted(self.wanted) from error  # Ray's compiled code turns it into a SystemError
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.deferring and self.wanted is None:
             self.wanted = number
             self.say("interrupted: this step is finished and saved first; once more ends at once")
             return
-        self.wanted = number
+        self.wanted, self.raised = number, True
         raise Interrupted(number)

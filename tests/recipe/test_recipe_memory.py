@@ -5,13 +5,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf.recipe.activations import Pass, kept, logits
+from rlhf.algorithms import linear_logprobs
+from rlhf.engines import scoring
+from rlhf.models.flat_attention import use_flat_attention
+from rlhf.recipe.activations import KEPT, LARGE, PART, Pass, kept, logits
 from rlhf.recipe.base import Lora
 from rlhf.recipe.devices import Device
 from rlhf.recipe.engine_memory import engine_memory
 from rlhf.recipe.memory import CONTEXT, LARGEST_BUCKET, Cut, Memory, learner_memory
 from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.types import TokenBatch
 
 SHAPE = ModelShape(
     parameters=1000,
@@ -70,29 +74,39 @@ def test_shape_of_a_model_with_other_names(tmp_path):
     assert shape.linears["transformer.h.0.attn.c_attn"] == 32 + 96
 
 
-WORK = Pass(tokens=8, width=4, scored=6, passes=1, masked=False)
+WORK = Pass(tokens=8, width=4, scored=6, passes=1)
 
 
 def test_what_a_layer_keeps_by_hand():
     full = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
     norms, inputs, mlp = 2 * 4 * 11 + 2 * 2 * 10, 2 * (2 * 10 + 10), 4 * 2 * 20
-    plain = 4 * (3 * 10 + 2 * 4)
+    plain = 2 * (10 + 2 * 5) + 2 * 2 * 4
     assert kept(full, WORK, on_gpu=False) == 8 * (norms + inputs + plain + mlp)
     fused = 2 * (10 + 2 * 5) + 4 * 2
     assert kept(full, WORK, on_gpu=True) == 8 * (norms + inputs + fused + mlp)
-    wide = Pass(tokens=600, width=300, scored=0)
-    masked = 2 * 3 * 10 + 4 * 2 + 2 * 300
-    assert kept(full, wide, on_gpu=False) == 600 * (norms + inputs + masked + mlp)
+    wide = Pass(tokens=4000, width=2000, scored=0)
+    assert kept(full, wide, on_gpu=False) == 4000 * (norms + inputs + fused + mlp)
     adapted = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=Lora(r=2))
     assert kept(adapted, WORK, True) == 8 * (2 * 4 * 11 + 2 * 2 * 1 + inputs + fused + mlp)
 
 
 def test_copies_of_the_logits():
-    for dtype, scoring in (("bfloat16", 2 + 4 + 4), ("float32", 4 + 4)):
+    for dtype, copies in (("bfloat16", 2 + 4 + 4), ("float32", 4 + 4)):
         model = Model(SHAPE, dtype, scalar=False, trained=True, lora=None)
         assert logits(model, WORK, training=True) == 6 * 20 * 12
-        assert logits(model, WORK, training=False) == 6 * 20 * scoring
+        assert logits(model, WORK, training=False) == 6 * 20 * copies
     assert logits(Model(SHAPE, "float32", scalar=True, trained=True, lora=None), WORK, True) == 0
+
+
+def test_many_logits_are_never_whole_and_a_head_that_learns_keeps_their_probabilities():
+    full = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
+    frozen = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=Lora(r=2))
+    many, more = (Pass(tokens=scored, width=4, scored=scored) for scored in (2**20, 2**23))
+    assert (LARGE, PART) == (scoring.LARGE, linear_logprobs.CHUNK_BYTES)
+    assert logits(full, many, training=True) == 2**20 * 20 * 2
+    assert logits(full, more, training=True) == 2**25
+    assert logits(frozen, many, training=True) == logits(full, many, training=False) == 2**25
+    assert KEPT == linear_logprobs.KEPT_BYTES
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_what_each_stage_divides_over_four_ranks(stage, weights, optimizer):
 
 def test_gradients_are_divided_from_stage_2_on():
     model = Model(SHAPE, "float32", scalar=False, trained=True, lora=None)
-    several = Pass(tokens=1, width=1, scored=0, passes=3, masked=False)
+    several = Pass(tokens=1, width=1, scored=0, passes=3)
     after = {stage: learner_memory(model, several, Cut(4, stage), True).learn.gradients for stage in (1, 2)}
     assert after == {1: 4000 + 4000 + 800, 2: 1000 + 4000 + 800}
     assert LARGEST_BUCKET > 1000
@@ -137,7 +151,7 @@ def test_a_frozen_model_only_scores():
     found = learner_memory(model, WORK, Cut(), on_gpu=True)
     assert (model.trainable, found.learn, found.resident) == (0, Memory(weights=2000), Memory(weights=2000))
     assert (found.score.activations, found.score.logits) == (8 * 10 * 2 + 8 * 2 * (3 * 10 + 3 * 20), 0)
-    wordy = Pass(tokens=8, width=4, scored=8, masked=False)
+    wordy = Pass(tokens=8, width=4, scored=8)
     assert learner_memory(model, wordy, Cut(), on_gpu=True).score.logits == 8 * 20 * 10
 
 
@@ -159,7 +173,8 @@ def test_engine_by_hand():
 
 def test_activations_are_near_what_autograd_keeps(tmp_path):
     config(True).save_pretrained(tmp_path)
-    model = LlamaForCausalLM(config(True))
+    model = LlamaForCausalLM._from_config(config(True), attn_implementation="sdpa")
+    use_flat_attention(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen = {}
 
@@ -169,11 +184,12 @@ def test_activations_are_near_what_autograd_keeps(tmp_path):
             seen[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
-    tokens = torch.randint(0, 300, (8, 64))
+    tokens = torch.randint(1, 300, (8, 64))
+    real = torch.ones_like(tokens, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+        loss = scoring.response_logprobs(model, TokenBatch(tokens, real, real, torch.zeros(8, 64))).sum()
     assert loss.requires_grad
     measured = sum(size for size, _ in seen.values())
     model = Model(read_shape(tmp_path), "float32", scalar=False, trained=True, lora=None)
-    estimate = 3 * kept(model, Pass(512, 64, 512, masked=False), on_gpu=True)
-    assert estimate / (measured - 512 * 300 * 4) == pytest.approx(1, abs=0.12)
+    estimate = 3 * kept(model, Pass(512, 64, 512), on_gpu=False)
+    assert estimate / (measured - 504 * 300 * 4) == pytest.approx(1, abs=0.12)
