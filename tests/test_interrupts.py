@@ -1,5 +1,7 @@
 """Signals: the first may wait for the end of a step, the next ends at once, and none becomes an error."""
 
+# ruff: noqa: PT012 (a signal is sent from within)
+
 from __future__ import annotations
 
 import os
