@@ -6,7 +6,7 @@ states, losses and gradients are those of the sequences one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,12 +22,14 @@ from rlhf.types import TokenBatch
 class Segment:
     """The tokens `[start, stop)` of the row, each of which sees those before it here and the whole of `prefix`.
 
-    `prefix` is the (start, stop) of a segment that stands before it; an empty one where nothing is shared.
+    `prefix` is the (start, stop) of a segment that stands before it; an empty one where nothing is shared. Of a part of
+    a segment `before` tokens, which all of its own see too, stand between the segment's start and its own.
     """
 
     start: int
     stop: int
     prefix: tuple[int, int] = (0, 0)
+    before: int = 0
 
     @property
     def queries(self) -> int:
@@ -37,7 +39,12 @@ class Segment:
     @property
     def keys(self) -> int:
         """Tokens that its last token sees, itself included."""
-        return self.queries + self.prefix[1] - self.prefix[0]
+        return self.before + self.queries + self.prefix[1] - self.prefix[0]
+
+    def cut(self, length: int) -> Iterator[Segment]:
+        """Yield it in parts of at most `length` queries, none of which has keys that none of its queries sees."""
+        for start in range(self.start, self.stop, length):
+            yield Segment(start, min(start + length, self.stop), self.prefix, start - self.start)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from rlhf.models.flat import FlatBatch, Segment
 from rlhf.models.lora import unwrapped
 
 NAME = "rlhf_flat"
-SHORT = {torch.bfloat16: 1024, torch.float32: 256}
+SHORT = {torch.bfloat16: 1024, torch.float32: 512}
 """Keys up to which plain matrix products on a CPU beat torch's flash kernel, whose backward is slow there."""
+
+BLOCK = 256
+"""Queries multiplied with their keys at once: a longer segment is cut, so as not to compute what causality hides."""
 
 LAYERS = {"full_attention", "sliding_attention"}
 
@@ -66,7 +69,8 @@ def flat_attention(
         return _varlen(q, k, v, scale, window, flat)[None], None
     if not q.is_cuda and flat.longest <= SHORT.get(q.dtype, 0):
         masks = _Masks(flat.longest, q.shape[1] // k.shape[1], window, q)
-        return _Products.apply(q, k, v, scale, masks, flat.segments)[None], None
+        parts = tuple(part for segment in flat.segments for part in segment.cut(BLOCK))
+        return _Products.apply(q, k, v, scale, masks, parts)[None], None
     return _segment_by_segment(q, k, v, scale, window, flat.segments)[None], None
 
 
@@ -150,7 +154,8 @@ class _Products(torch.autograd.Function):
         """Return the gradients of q, k and v; those of a shared prefix are the sum over all who see it."""
         q, k, v, *weights = ctx.saved_tensors
         (grad,) = grads
-        wide = torch.float32 if any(segment.prefix[1] for segment in ctx.segments) else q.dtype
+        summed = any(segment.prefix[1] or segment.before for segment in ctx.segments)
+        wide = torch.float32 if summed else q.dtype
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for segment, weight in zip(ctx.segments, weights, strict=True):
             queries, keys, values = _queries(q, segment, k.shape[1]), _keys(k, segment), _keys(v, segment)
@@ -177,18 +182,18 @@ def _put_queries(states: Tensor, segment: Segment, values: Tensor) -> None:
 
 def _keys(states: Tensor, segment: Segment) -> Tensor:
     """Return what a segment sees, `[key heads, keys, size]`."""
-    own = states[segment.start : segment.stop]
-    seen = own if segment.keys == segment.queries else torch.cat([states[slice(*segment.prefix)], own])
+    own = states[segment.start - segment.before : segment.stop]
+    seen = torch.cat([states[slice(*segment.prefix)], own]) if segment.prefix[1] else own
     return seen.transpose(0, 1)
 
 
 def _add_keys(states: Tensor, segment: Segment, values: Tensor) -> None:
     """Add to what `_keys` returned."""
     added = values.transpose(0, 1)
-    shared = segment.keys - segment.queries
+    shared = segment.prefix[1] - segment.prefix[0]
     if shared:
         states[slice(*segment.prefix)] += added[:shared]
-    states[segment.start : segment.stop] += added[shared:]
+    states[segment.start - segment.before : segment.stop] += added[shared:]
 
 
 AttentionInterface.register(NAME, flat_attention)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from rlhf.recipe.model_shape import Model
 
-SHORT = {4: 256, 2: 1024}
+SHORT = {4: 512, 2: 1024}
 """By bytes of a weight: up to this width the CPU's attention is plain matrix products, which keep all its weights."""
+
+BLOCK = 256
+"""Queries multiplied with their keys at once: of a long sequence's weights about half are never computed."""
 
 FLOAT = 4
 
@@ -63,7 +66,7 @@ def forward(model: Model, work: Pass, on_gpu: bool) -> float:
     mlp = size * (3 * shape.hidden + 3 * shape.intermediate)
     attention = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
     if materialised(model, work, on_gpu):  # all of a layer's weights, until its last segment is done
-        attention += size * shape.heads * work.width
+        attention += size * shape.heads * _seen(work)
     return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
 
 
@@ -91,7 +94,7 @@ def materialised(model: Model, work: Pass, on_gpu: bool) -> bool:
 
 def _attention(model: Model, work: Pass, on_gpu: bool) -> float:
     shape, size = model.shape, model.size
-    weights = size * work.width if materialised(model, work, on_gpu) else FLOAT
+    weights = size * _seen(work) if materialised(model, work, on_gpu) else FLOAT
     return size * (shape.q_width + 2 * shape.kv_width) + shape.heads * weights
 
 
@@ -99,4 +102,10 @@ def _one_sequence(model: Model, work: Pass, on_gpu: bool) -> float:
     """Return the bytes of one sequence's scores and of what they become, where they are in memory at all."""
     if not materialised(model, work, on_gpu):
         return 0
-    return 3 * model.size * model.shape.heads * work.width**2
+    return 3 * model.size * model.shape.heads * min(work.width, BLOCK) * work.width
+
+
+def _seen(work: Pass) -> float:
+    """Return how many keys a token has weights for in the mean: those up to the end of its block."""
+    blocks = -(-work.width // BLOCK)
+    return work.width * (blocks + 1) / (2 * blocks)

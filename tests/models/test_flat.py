@@ -134,6 +134,21 @@ def test_flat_equals_padded(name: str, logits: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("block", [1, 7])
+def test_segments_cut_into_blocks_of_queries_say_the_same(
+    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_attention, "BLOCK", block)
+    assert_flat_equals_padded(build(name, ARCHITECTURES[name]), response_logprobs)
+
+
+def test_a_part_sees_the_prefix_and_what_stands_before_it() -> None:
+    parts = list(Segment(40, 51, (20, 40)).cut(4))
+    assert parts == [Segment(40, 44, (20, 40)), Segment(44, 48, (20, 40), 4), Segment(48, 51, (20, 40), 8)]
+    assert [part.keys for part in parts] == [24, 28, 31]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_long_segments_take_torchs_attention_and_say_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flat_attention, "SHORT", {})
     assert_flat_equals_padded(build(name, ARCHITECTURES[name]), response_logprobs)
