@@ -46,6 +46,7 @@ chaos: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.run
+	$(BIN)/python -m tests.benchmarks.peers --repeats 3
 
 clean:
 	rm -rf $(VENV) build *.egg-info

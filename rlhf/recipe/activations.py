@@ -64,7 +64,7 @@ def forward(model: Model, work: Pass, on_gpu: bool) -> float:
     """Return the bytes that are alive at once in one layer when no gradient is wanted."""
     shape, size = model.shape, model.size
     mlp = size * (3 * shape.hidden + 3 * shape.intermediate)
-    attention = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
+    attention: float = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
     if materialised(model, work, on_gpu):  # all of a layer's weights, until its last segment is done
         attention += size * shape.heads * _seen(work)
     return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
