@@ -26,6 +26,8 @@ class ClippedPolicy:
     """The clipped surrogate, corrected for the difference of engine and trainer, plus kl_coef times the KL.
 
     Counts what `aggregation` divides by: response tokens, or sequences. With `kl_coef` 0 the KL is no part of it.
+    `first_update` says that the weights are still those that the rollouts were drawn with, so the old logprobs are the
+    present ones, and the batch need not know them.
     """
 
     clip_range: float
@@ -36,6 +38,7 @@ class ClippedPolicy:
     max_response_tokens: int
     kl_coef: float
     kl_estimator: KlEstimator
+    first_update: bool = False
 
     def count(self, batch: Experience) -> float:
         """Return the number of response tokens or of sequences."""
@@ -45,11 +48,12 @@ class ClippedPolicy:
         """Return the weighted sum over response tokens of the clipped surrogate and the KL."""
         mask = batch.batch.response_mask
         logprobs = response_logprobs(model, batch.batch, self.temperature)
-        importance = importance_weights(batch.old_logprobs, batch.batch.rollout_logprobs, self.importance_cap)
+        old = logprobs.detach() if self.first_update else batch.old_logprobs
+        importance = importance_weights(old, batch.batch.rollout_logprobs, self.importance_cap)
         weights = aggregation_weights(mask, self.aggregation, self.max_response_tokens)
         out = policy_loss(
             logprobs,
-            batch.old_logprobs,
+            old,
             batch.advantages,
             mask,
             (self.clip_range, self.clip_range_high),

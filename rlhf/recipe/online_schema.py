@@ -85,7 +85,8 @@ class PolicyGradientStage(OnlineStage):
     old_logprobs: Literal["recompute", "rollout"] = Field(
         "recompute",
         description="logprobs of the policy before the step: by a pass of the trainer, or, between agreement checks, "
-        "those of the engine that sampled; then the clip also meets what the two differ by: tiny in float32, in "
+        "without one: a step of one update knows them itself, so the loss is the same; with several updates they are "
+        "those of the engine that sampled, and the clip also meets what the two differ by: tiny in float32, in "
         "bfloat16 0.03 to 0.06 nats in the mean",
     )
     kl_coef: KlCoef = 0.02

@@ -33,9 +33,10 @@ from rlhf.types import Experience, Metrics, TokenBatch
 class PolicyGradient:
     """Estimates advantages and takes clipped steps along them; a critic trains at the same time as the policy.
 
-    The ratio of all minibatches and epochs is to the policy before the step. With `old_logprobs: rollout` that is the
-    engine's word in the steps between agreement checks: the ratio of policy to engine is then at once the weight that
-    corrects for what sampled, so every `importance_weight` is 1, and the clip bounds their difference too.
+    The ratio of all minibatches and epochs is to the policy before the step. With `old_logprobs: rollout` the trainer
+    says nothing of it in the steps between agreement checks. Where such a step is one update, its own pass knows the
+    old logprobs, so the loss is the same. Otherwise they are the engine's: the ratio of policy to engine is then at
+    once the weight that corrects for what sampled, so every `importance_weight` is 1, and the clip bounds both.
     """
 
     def __init__(self, stage: PolicyGradientStage, context: StageContext, policy: Policy, estimator: Estimator) -> None:
@@ -80,8 +81,9 @@ class PolicyGradient:
         seed = self.context.seed("minibatches", step)
         minibatches = list(batches(len(experience), stage.minibatch_size, stage.epochs, seed, stage.samples_per_prompt))
         scale = lr_scale(stage.optimizer, step, total)
+        first_update = scored.old is None and len(minibatches) == 1
         updates = [
-            self.policy.train(experience, objective(stage, self.kl.coef), minibatches, scale),
+            self.policy.train(experience, objective(stage, self.kl.coef, first_update), minibatches, scale),
             *estimate.update(minibatches, step, total),
         ]
         metrics = estimate.metrics.merge(Metrics.of(1, kl_penalty=self.kl.coef * masked_mean(kl, mask)))
@@ -93,7 +95,7 @@ class PolicyGradient:
         return metrics
 
 
-def objective(stage: PolicyGradientStage, kl_coef: float) -> ClippedPolicy:
+def objective(stage: PolicyGradientStage, kl_coef: float, first_update: bool = False) -> ClippedPolicy:
     """Return the policy's loss as the stage sets it; `kl_coef` is 0 in it where the KL is part of the reward."""
     return ClippedPolicy(
         clip_range=stage.clip_range,
@@ -104,6 +106,7 @@ def objective(stage: PolicyGradientStage, kl_coef: float) -> ClippedPolicy:
         max_response_tokens=stage.max_response_tokens,
         kl_coef=kl_coef if stage.kl_in == "loss" else 0.0,
         kl_estimator=stage.kl_estimator,
+        first_update=first_update,
     )
 
 

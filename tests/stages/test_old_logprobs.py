@@ -88,3 +88,17 @@ def test_refused(settings, expected):
         load_recipe(RECIPES / "smoke" / "overlap.yaml", tuple(overrides))
     assert f"stages.grpo.old_logprobs: must be {expected}" in str(error.value)
     assert str(error.value).endswith("got 'rollout'")
+
+
+def test_a_step_of_one_update_learns_the_same_without_the_pass(tmp_path_factory):
+    settings = {"staleness": 0, "steps": 4, "prompts_per_step": 2, "epochs": 1, "minibatch_size": 16}
+    found = {}
+    for kind in ("recompute", "rollout"):
+        folder = tmp_path_factory.mktemp(f"single-{kind}")
+        chosen = settings | {"agreement.interval": 4, "old_logprobs": kind}
+        run(folder, "overlap.yaml", *(f"stages.grpo.{name}={value}" for name, value in chosen.items()))
+        found[kind] = rows(folder, "grpo")
+    for row, trained in zip(found["rollout"], found["recompute"], strict=True):
+        assert row["ratio"] == trained["ratio"] == 1
+        for name in ("reward", "policy_loss", "grad_norm", "importance_weight"):
+            assert row[name] == pytest.approx(trained[name], rel=1e-4, abs=1e-5), name

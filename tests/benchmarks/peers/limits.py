@@ -54,8 +54,8 @@ def step_flops(row: str, examples: Sequence[Example], shape: dict[str, int]) -> 
 
 
 def probe(threads: int) -> float:
-    """Return the seconds of a bfloat16 product of two 2048 x 2048 matrices, the best of five."""
-    return _best(PROBE, PROBE, PROBE, threads)
+    """Return the seconds of a bfloat16 product of two 2048 x 2048 matrices, the best of thirty."""
+    return _best(PROBE, PROBE, PROBE, threads, repeats=30)
 
 
 def ceiling(threads: int) -> float:
