@@ -19,7 +19,7 @@ class StageBase(Strict):
     name: str = Field(pattern=NAME)
     seed: int | None = Field(None, ge=0, lt=2**31, description="overrides the recipe's `seed` for this stage")
     max_tokens_per_microbatch: PositiveInt = Field(
-        4096, description="padded tokens in one forward/backward pass; results do not depend on it"
+        4096, description="tokens in one forward/backward pass; results do not depend on it"
     )
 
 
