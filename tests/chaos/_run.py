@@ -115,6 +115,11 @@ class Run:
             os.killpg(self.process.pid, signal.SIGKILL)
             return None
 
+    def last_words(self) -> str:
+        """Return the last line that the run has printed."""
+        lines = self.folder.with_suffix(".log").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "nothing"
+
     def progress(self) -> int:
         """Return how many rows of metrics there are."""
         return sum(file.read_bytes().count(b"\n") for file in self.folder.glob("stages/*/metrics.jsonl"))

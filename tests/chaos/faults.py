@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import resource
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ LONGEST_S = 300.0
 SERVER = ("500", "429", "reset", "timeout")
 THROUGH_RAY = {"rollout killed": 10, "reference killed": 7, "policy killed": 4, "critic killed": 4, "rollout hung": 2}
 IN_ONE = {"SIGINT": 5, "SIGTERM": 5, "killed while saving": 6, "disk full": 4}
+EXPECTED = (130, 143, 4, -9)
 WRONG = ("lost or doubled steps", "wrong prompts", "different weights", "hangs", "failed runs", "orphans")
 
 
@@ -92,7 +94,9 @@ def until_the_end(run: Run, faults: list[str], server: Server, rng: random.Rando
         wrong["hangs"] += code is None
         if code == 0:
             return met
-        wrong["failed runs"] += code not in (130, 143, 4, -9, None)
+        if code not in (*EXPECTED, None):
+            wrong["failed runs"] += 1
+            print(f"{run.folder.name}: exit code {code}: {run.last_words()}", file=sys.stderr)
         if run.starts > 2 * COUNT:
             return met
         run.start()

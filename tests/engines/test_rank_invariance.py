@@ -22,12 +22,12 @@ Sums = dict[str, tuple[float, float]]
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path) -> Callable[..., Outcome]:
-    """What TorchEngine does on the whole batch in one padded pass."""
+    """What TorchEngine does on the whole batch in one pass."""
 
     @cache
     def run(objective: str, lora: bool, dtype: Literal["float32", "bfloat16"]) -> Outcome:
         case = RankCase(objective, 0, lora, dtype)
-        module = build_model(tiny_folder, case.kind, lora, dtype)
+        module = build_model(tiny_folder, case.kind, lora, dtype, flat=True)
         engine = TorchEngine(module, OPTIMIZER, HEAD_RATE, max_tokens=10**6)
         return drive(engine, module, case, 10**6)
 
