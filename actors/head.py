@@ -19,7 +19,7 @@ PATIENCE_S = 20.0
 
 
 class HeadWatch:
-    """Ends this process when nothing listens at the head's `address` any more; `say` gets the reason first."""
+    """Ends this process when nothing listens at the head's `address` any more; `say` logs the reason first."""
 
     def __init__(self, address: str, say: Callable[[str], None]) -> None:
         host, _, port = address.rpartition(":")
@@ -49,10 +49,12 @@ class HeadWatch:
 
     def _give_up(self) -> None:
         """End what Ray started here, and this process: every thread may wait for Ray, so none is asked."""
-        self.say(
+        message = (
             f"Ray's head at {self.address[0]}:{self.address[1]} is gone, and with it every process of this run;"
             " the same command goes on from the last saved state"
         )
+        self.say(message)
+        sys.stderr.write(f"error: {message}\n")
         for process in psutil.Process().children(recursive=True):
             process.kill()
         for stream in (sys.stdout, sys.stderr):

@@ -18,7 +18,10 @@ LARGE = 2**24
 """Logits of a pass from which on they are computed in parts."""
 
 PART = 2**25
-"""Bytes of logits that are computed at once in the model's dtype, on the CPU; a GPU has eight times as many."""
+"""Bytes of logits that are computed at once in the model's dtype on the CPU."""
+
+GPU_PART = 2**28
+"""The same on a GPU."""
 
 KEPT = 2**28
 """Bytes up to which the probabilities of a head that learns are kept for its gradient."""
@@ -70,7 +73,7 @@ def forward(model: Model, work: Pass, on_gpu: bool) -> float:
     return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
 
 
-def logits(model: Model, work: Pass, training: bool) -> int:
+def logits(model: Model, work: Pass, training: bool, on_gpu: bool = False) -> int:
     """Return the bytes of all copies of the logits that are alive at once.
 
     Many are computed in parts, and only a head that learns keeps their probabilities, if they are not too many. Few
@@ -82,7 +85,8 @@ def logits(model: Model, work: Pass, training: bool) -> int:
     if work.scored * model.shape.vocabulary >= LARGE:
         all_of_them = model.size * work.scored * model.shape.vocabulary
         learns = training and model.lora is None
-        return min(PART, all_of_them) if not learns or all_of_them > KEPT else all_of_them
+        part = 3 * GPU_PART if on_gpu else PART  # with their float32 copy and its softmax, as large there
+        return min(part, all_of_them) if not learns or all_of_them > KEPT else all_of_them
     forward = model.size + FLOAT + (FLOAT if model.size < FLOAT else 0)
     return work.scored * model.shape.vocabulary * (3 * FLOAT if training else forward)
 

@@ -90,7 +90,7 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
     resident = Memory(weights=weights, optimizer=optimizer)
     widest = forward(model, work, on_gpu)
     entered = model.size * work.tokens * model.shape.hidden
-    scored = logits(model, work, training=False)
+    scored = logits(model, work, False, on_gpu)
     score = replace(resident, activations=int(entered + (0 if scored > widest else widest)), buffers=gathered)
     score = replace(score, logits=scored if scored > widest else 0)
     heap = scoring_slack(model, score.activations, score.logits)
@@ -99,7 +99,7 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
         return LearnerMemory(resident, score, resident, host)
     learn = max(_moments(model, work, cut, on_gpu), key=lambda memory: memory.total)
     learn = replace(learn, weights=weights, optimizer=optimizer, buffers=learn.buffers + gathered)
-    heap = learning_slack(model, work, logits(model, work, training=True), cut.checkpointing)
+    heap = learning_slack(model, work, logits(model, work, True, on_gpu), cut.checkpointing)
     learn = replace(learn, slack=int(SLACK * _moving(learn)) if on_gpu else heap)
     return LearnerMemory(resident, score, learn, host + (learn.gradients if cut.offload != "none" else 0))
 
@@ -111,7 +111,7 @@ def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
     layers = model.shape.layers * (entered if cut.checkpointing else layer)
     again = layer if cut.checkpointing else 0
     late = backward(model, work, on_gpu)
-    at_loss = logits(model, work, training=True)
+    at_loss = logits(model, work, True, on_gpu)
     summed = FLOAT * model.trainable // cut.share(2)
     # From stage 2 on a gradient is reduced and let go as soon as a bucket is full.
     fresh = model.size * (min(model.trainable, LARGEST_BUCKET) if cut.share(2) > 1 else model.trainable)

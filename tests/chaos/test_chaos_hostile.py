@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from tests.chaos import _hostile_models, _hostile_text, hostile, secrets
+from tests.chaos import _hostile_models, _hostile_text, canaries, hostile
 from tests.chaos._hostile_models import Bomb, Place
 
 
@@ -24,7 +24,7 @@ def test_nothing_runs_and_nothing_escapes():
 
 
 def test_no_secret_is_left():
-    seen = secrets.run(1, random.Random(5))
+    seen = canaries.run(1, random.Random(5))
     assert seen.counts["files searched"] > 3
     assert seen.passed, str(seen)
 
@@ -86,7 +86,7 @@ def test_a_leaked_secret_is_seen(tmp_path: Path):
     (tmp_path / f"named-{value}").touch()
     (tmp_path / "clean").write_text(value[:-1])
     files = sorted(tmp_path.iterdir())
-    assert {Path(line.partition(": ")[0]).name for line in secrets.leaks(files, {"HF_TOKEN": value})} == {
+    assert {Path(line.partition(": ")[0]).name for line in canaries.leaks(files, {"HF_TOKEN": value})} == {
         "plain",
         "coded",
         f"named-{value}",

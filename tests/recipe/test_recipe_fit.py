@@ -118,7 +118,7 @@ def test_what_shares_a_gpu_adds_up(large, shapes):
 
 
 def test_a_fraction_of_a_gpu_has_its_fraction_of_the_memory(large, shapes):
-    recipe = large.load(GPUS.replace("reference: {gpus: 1}", "reference: {gpus: 0.25}")).recipe
+    recipe = large.load(GPUS.replace("reference: {gpus: 1}", "reference: {gpus: 0.2}")).recipe
     assert check_memory(recipe, shapes, H100).crowded == ("reference",)
 
 

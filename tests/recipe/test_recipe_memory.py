@@ -8,7 +8,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequ
 from rlhf.algorithms import linear_logprobs
 from rlhf.engines import scoring
 from rlhf.models.flat_attention import use_flat_attention
-from rlhf.recipe.activations import KEPT, LARGE, PART, Pass, kept, logits
+from rlhf.recipe.activations import GPU_PART, KEPT, LARGE, PART, Pass, kept, logits
 from rlhf.recipe.base import Lora
 from rlhf.recipe.devices import Device
 from rlhf.recipe.engine_memory import engine_memory
@@ -102,7 +102,11 @@ def test_many_logits_are_never_whole_and_a_head_that_learns_keeps_their_probabil
     full = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=None)
     frozen = Model(SHAPE, "bfloat16", scalar=False, trained=True, lora=Lora(r=2))
     many, more = (Pass(tokens=scored, width=4, scored=scored) for scored in (2**20, 2**23))
-    assert (LARGE, PART) == (scoring.LARGE, linear_logprobs.CHUNK_BYTES)
+    assert (LARGE, PART, GPU_PART) == (
+        scoring.LARGE,
+        linear_logprobs.CHUNK_BYTES,
+        linear_logprobs.DEVICE_BYTES,
+    )
     assert logits(full, many, training=True) == 2**20 * 20 * 2
     assert logits(full, more, training=True) == 2**25
     assert logits(frozen, many, training=True) == logits(full, many, training=False) == 2**25
