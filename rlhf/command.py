@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from rlhf.errors import RecipeError, RlhfError
+from rlhf import disk
+from rlhf.errors import RecipeError, ResourceError, RlhfError
 from rlhf.interrupts import Interrupted
 from rlhf.untrusted import printable
 
@@ -34,11 +35,11 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             _show_traceback(debug)
             said = printable(str(error), LONGEST)  # it may quote data or a model
             lines = said.splitlines() or [type(error).__name__]
-            click.echo("error: " + "\n".join(lines[:MAX_LINES]), err=True)
+            _tell("error: " + "\n".join(lines[:MAX_LINES]))
             sys.exit(error.exit_code)
         except Interrupted as stop:
             at = f" in {stop}" if str(stop) else ""
-            click.echo(f"interrupted{at}; the same command goes on", err=True)
+            _tell(f"interrupted{at}; the same command goes on")
             sys.exit(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -47,11 +48,22 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             _show_traceback(debug)
+            if code := disk.refusal(error):
+                _tell("error: " + printable(str(disk.told(error, code, Path.cwd(), "cannot be written")), LONGEST))
+                sys.exit(ResourceError.exit_code)
             said = printable(f"unexpected {type(error).__name__}: {error}", LONGEST)
-            click.echo(f"error: {said}; --debug shows the traceback", err=True)
+            _tell(f"error: {said}; --debug shows the traceback")
             sys.exit(UNEXPECTED)
 
     return wrapper
+
+
+def _tell(text: str) -> None:
+    """Print to the error stream; where that goes to a disk that takes no more, the exit code alone must tell."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the flush at the end would change the exit code)
 
 
 def _show_traceback(wanted: bool) -> None:
