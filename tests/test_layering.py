@@ -12,7 +12,7 @@ LAYER = {
     "errors": 0, "types": 0, "seeding": 0, "algorithms": 0, "recipe": 1, "models": 2, "data": 2, "roles": 2,
     "rewards": 3, "engines": 4, "progress": 2, "tracking": 3, "report": 3, "fingerprint": 2, "local": 5,
     "disk": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "stages": 5, "run_folder": 6,
-    "stage_run": 6, "run": 6, "doctor": 6, "bench": 6, "command": 6, "cli": 7,
+    "stage_run": 6, "run": 6, "doctor": 6, "bench": 6, "command": 6, "commands": 7, "cli": 8,
 }  # fmt: skip
 ALLOWED_UPWARDS = {("recipe", "models"), ("roles", "engines")}
 

@@ -9,6 +9,20 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, T
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Format = Literal[
+    "auto",
+    "messages",
+    "prompt_completion",
+    "prompts",
+    "preference",
+    "hh_rlhf",
+    "ultrafeedback",
+    "ranking",
+    "kto",
+    "classification",
+]
+"""What the rows of a data source hold; `auto` tells by the columns of its first readable row."""
+
 URL = r"^https?://[^/@\s]+(/\S*)?$"
 """A user and password before the host are refused: recipes hold no secrets."""
 
@@ -23,7 +37,7 @@ class PathData(Strict):
     """A local file: jsonl, json, csv or parquet."""
 
     path: Path
-    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference", "kto"] = "auto"
+    format: Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the file's")
     limit: PositiveInt | None = Field(None, description="use only the first rows")
     max_bad_rows: int = Field(0, ge=0, description="skip and count up to this many malformed rows")
@@ -35,14 +49,14 @@ class HubData(Strict):
     hub: str
     split: str = "train"
     revision: str | None = None
-    format: Literal["auto", "messages", "prompt_completion", "prompts", "preference", "kto"] = "auto"
+    format: Format = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     limit: PositiveInt | None = None
     max_bad_rows: int = Field(0, ge=0)
 
 
 class StageData(Strict):
-    """The pairs that an earlier annotate stage wrote."""
+    """What an earlier stage wrote: the pairs of an annotate stage, the chats of a synthesize stage."""
 
     stage: str
 

@@ -10,11 +10,21 @@ from rlhf.recipe.messages import Finding, Loc, near
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage, PolicyGradientStage, ReinforceStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import STAGE_KINDS, AnnotateStage, CompareStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import (
+    STAGE_KINDS,
+    AnnotateStage,
+    ClassifyStage,
+    CompareStage,
+    RewardStage,
+    SftStage,
+    Stage,
+    SynthesizeStage,
+)
 
 BASE = "base"
 CHECKPOINT = "checkpoint"
-LANGUAGE_MODELS = (BASE, CHECKPOINT, *(kind for kind in STAGE_KINDS if kind not in ("annotate", "reward", "compare")))
+NO_LANGUAGE_MODEL = ("annotate", "synthesize", "classify", "reward", "compare")
+LANGUAGE_MODELS = (BASE, CHECKPOINT, *(kind for kind in STAGE_KINDS if kind not in NO_LANGUAGE_MODEL))
 
 
 def check_references(recipe: Recipe) -> list[Finding]:
@@ -42,7 +52,11 @@ def _references(stage: Stage) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
     match stage:
         case SftStage():
             yield ("init",), stage.init, LANGUAGE_MODELS
-            yield from _data(stage.data)
+            yield from _data(stage.data, ("annotate", "synthesize"))
+        case ClassifyStage():
+            yield ("init",), stage.init, LANGUAGE_MODELS
+        case SynthesizeStage():
+            yield ("policy",), stage.policy, LANGUAGE_MODELS
         case AnnotateStage():
             yield ("policy",), stage.policy, LANGUAGE_MODELS
             yield from _judge(("judge",), stage.judge)
@@ -65,9 +79,9 @@ def _references(stage: Stage) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
                 yield ("pairs",), stage.pairs, ("annotate",)
 
 
-def _data(data: DataSource) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
+def _data(data: DataSource, kinds: tuple[str, ...] = ("annotate",)) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
     if isinstance(data, StageData):
-        yield ("data", "stage"), data.stage, ("annotate",)
+        yield ("data", "stage"), data.stage, kinds
 
 
 def _judge(loc: Loc, judge: Judge) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:

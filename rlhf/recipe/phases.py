@@ -19,7 +19,15 @@ from rlhf.recipe.resources import Wanted, adapters, wanted
 from rlhf.recipe.role_schema import ModelRole, RoleName, RolloutRole, TrainedRole
 from rlhf.recipe.schedule import longest, microbatch_tokens, row_tokens, step_rows
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage, judges
+from rlhf.recipe.stage_schema import (
+    AnnotateStage,
+    ClassifyStage,
+    CompareStage,
+    RewardStage,
+    SftStage,
+    Stage,
+    judges,
+)
 
 Phase = Literal["generate", "score", "learn", "publish"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -104,7 +112,7 @@ def role_pass(stage: Stage, ranks: int = 1) -> Pass:
 def role_model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) -> Model:
     """Return the copy of the model that a role holds in a stage."""
     match stage:
-        case SftStage() | PreferenceStage():
+        case SftStage() | ClassifyStage() | PreferenceStage():
             trained = role == "policy"
         case OnlineStage():
             trained = role in ("policy", "critic")

@@ -13,7 +13,15 @@ from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import (
+    AnnotateStage,
+    ClassifyStage,
+    CompareStage,
+    RewardStage,
+    SftStage,
+    Stage,
+    SynthesizeStage,
+)
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,14 @@ def reference_in_policy(recipe: Recipe, stage: OnlineStage) -> bool:
 
 def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:
     match stage:
-        case SftStage() | PreferenceStage():
+        case SftStage() | ClassifyStage() | PreferenceStage():
             return ("policy",)
         case RewardStage():
             return ("reward",)
         case AnnotateStage():
             return (*_reward(stage.judge), "rollout")
+        case SynthesizeStage():
+            return ("rollout",)
         case OnlineStage():
             reference: tuple[RoleName, ...] = () if reference_in_policy(recipe, stage) else ("reference",)
             critic: tuple[RoleName, ...] = ("critic",) if isinstance(stage, PpoStage) else ()

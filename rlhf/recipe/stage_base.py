@@ -30,4 +30,10 @@ class Training(StageBase):
     optimizer: Optimizer = Optimizer()
     batch_size: PositiveInt = 16
     epochs: PositiveInt = 1
+    evaluations: PositiveInt | None = Field(
+        None, description="evaluate on the held-out rows so often in the stage, evenly; unset is once per epoch"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="the model that stays: that of the lowest held-out loss, or the last one"
+    )
     max_length: PositiveInt = Field(1024, description="prompt + response tokens; longer rows are errors")

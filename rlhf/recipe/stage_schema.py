@@ -18,6 +18,7 @@ class SftStage(Training):
     kind: Literal["sft"]
     init: str = Field("base", description="`base` or the name of an earlier stage")
     data: DataSource
+    heldout_fraction: Fraction = Field(0.05, description="share of the rows kept out of training, for evaluation")
 
 
 class AnnotateStage(StageBase):
@@ -32,6 +33,35 @@ class AnnotateStage(StageBase):
     label_noise: Fraction = Field(0.0, description="probability that a pair's label is flipped")
     heldout_fraction: Fraction = Field(0.1, description="share of the prompts kept out of training, for accuracy")
     max_prompt_tokens: PositiveInt = 512
+    max_response_tokens: PositiveInt = 256
+    temperature: Positive = 1.0
+
+
+class ClassifyStage(Training):
+    """Classification fine-tuning: cross-entropy over the labels of the data, from the text's last token."""
+
+    kind: Literal["classify"]
+    init: str = "base"
+    data: FileData
+    heldout_fraction: Fraction = Field(0.1, description="share of the rows kept out of training, for the metrics")
+    head_learning_rate: Positive = Field(5e-3, description="of the new classification head; the rest uses `optimizer`")
+
+
+class SynthesizeStage(StageBase):
+    """Grow seed tasks into instruction data with a model (self-instruct, Wang et al. 2022); `sft` reads the result."""
+
+    kind: Literal["synthesize"]
+    policy: str
+    seeds: FileData = Field(description="chats to begin with: instructions and their answers")
+    count: PositiveInt = Field(description="so many new chats are written")
+    examples: int = Field(6, ge=1, description="tasks shown for each new one, two of them of the model's own making")
+    max_similarity: Fraction = Field(0.7, description="an instruction nearer than that to another (ROUGE-L) is dropped")
+    max_attempts: PositiveInt = Field(20, description="the stage fails after count times so many drawn instructions")
+    min_words: PositiveInt = Field(3, description="of an instruction")
+    max_words: PositiveInt = Field(150, description="of an instruction")
+    judge: FunctionJudge | None = Field(None, description="scores each answer; those below `min_score` are dropped")
+    min_score: float = 0.0
+    max_prompt_tokens: PositiveInt = 1024
     max_response_tokens: PositiveInt = 256
     temperature: Positive = 1.0
 
@@ -59,6 +89,9 @@ class CompareStage(StageBase):
     pairs: str | None = Field(
         None, description="an annotate stage: implicit-reward accuracy of every candidate on its held-out pairs"
     )
+    retention: FileData | None = Field(
+        None, description="chats that training did not aim at: how much worse each candidate predicts them (forgetting)"
+    )
     frontier: bool = Field(True, description="every saved checkpoint of the candidates is a point of the frontier too")
     samples_per_prompt: PositiveInt = 1
     max_prompt_tokens: PositiveInt = 512
@@ -67,7 +100,16 @@ class CompareStage(StageBase):
     bootstrap_samples: PositiveInt = 10_000
 
 
-AnyStage = SftStage | AnnotateStage | RewardStage | AnyOnlineStage | AnyPreferenceStage | CompareStage
+AnyStage = (
+    SftStage
+    | ClassifyStage
+    | SynthesizeStage
+    | AnnotateStage
+    | RewardStage
+    | AnyOnlineStage
+    | AnyPreferenceStage
+    | CompareStage
+)
 Stage = Annotated[AnyStage, Field(discriminator="kind")]
 STAGE_KINDS: tuple[str, ...] = tuple(get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(AnyStage))
 
