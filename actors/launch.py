@@ -117,7 +117,7 @@ class RayLauncher:
             group.drop()
 
     def _engine(self, name: RoleName, spec: RolloutSpec) -> RayRollout:
-        environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
+        environment = vllm_environment(spec)
         processes = self._processes(name)
 
         def start(index: int) -> Any:

@@ -25,6 +25,7 @@ from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.errors import ResourceError
+from rlhf.recipe.tuning_support import support
 from rlhf.roles import Pending, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, TokenBatch, TokenScores
 
@@ -96,7 +97,8 @@ class LearnerActor(ModelLearner):
 
     def publish(self, engines: list[ActorHandle], version: int, deadline_s: float) -> WeightReceipt:
         """Take part in sending the weights to the engines, as these want them; return their acknowledgement."""
-        return publish(self.weights, engines, version, deadline_s, self.rank, self if self.spec.lora else None)
+        served = self.spec.tuning is not None and support(self.spec.tuning).served
+        return publish(self.weights, engines, version, deadline_s, self.rank, self if served else None)
 
 
 class RayModel:
@@ -143,6 +145,10 @@ class RayModel:
     def save(self, folder: Path) -> Pending[None]:
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         return self.group.ask("save", _first, folder)
+
+    def save_adapter(self, folder: Path) -> Pending[None]:
+        """Write a PEFT folder of the adapters."""
+        return self.group.ask("save_adapter", _first, folder)
 
     def state_bytes(self) -> Pending[int]:
         """Return the bytes that `save_state` writes."""

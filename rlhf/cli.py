@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -11,17 +10,23 @@ from typing import TYPE_CHECKING
 import click
 
 from rlhf import __version__
+from rlhf.bench.figures import PARTS
 from rlhf.command import MAX_LINES, quiet_libraries, reports_errors, takes_recipe
+from rlhf.commands.chat import chat
+from rlhf.commands.eval import evaluate
+from rlhf.commands.export import export
+from rlhf.commands.init import init
+from rlhf.commands.runs import runs
+from rlhf.commands.serve import serve
+from rlhf.commands.status import status
 from rlhf.errors import RlhfError
 from rlhf.untrusted import printable
 
 if TYPE_CHECKING:
-    from rlhf.bench.figures import Part
     from rlhf.recipe.load import LoadedRecipe
 
 PLAN_WIDTH = 100
 TERMINATED = 143
-PARTS: tuple[Part, ...] = ("gemm", "copy", "learners", "rollouts", "transfer", "ray")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,30 +45,12 @@ def run(loaded: LoadedRecipe, local: bool, output: Path | None, restart: tuple[s
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     from dataclasses import replace
 
-    from rlhf.recipe.resources import check_fits, local_resources
-    from rlhf.run import run_recipe
+    from rlhf.backend import launcher
+    from rlhf.recipe_run import run_recipe
 
     if local:
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"backend": "local"}))
-    if loaded.recipe.backend == "local":
-        from rlhf.local import LocalLauncher
-
-        run_recipe(loaded, LocalLauncher, output, restart=restart)
-        return
-    if loaded.recipe.ray.address is None:
-        check_fits(loaded.recipe, local_resources())
-    else:
-        _offer_token()
-    from actors.launch import RayLauncher
-
-    run_recipe(loaded, RayLauncher, output, restart=restart)
-
-
-def _offer_token() -> None:
-    """Let Ray show its token to a cluster where there is one; it reads this once, when imported."""
-    stored = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    if "RAY_AUTH_TOKEN" in os.environ or stored.is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    run_recipe(loaded, launcher(loaded.recipe), output, restart=restart)
 
 
 @main.command()
@@ -119,7 +106,9 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
     recipe = loaded.recipe
     folder = output or str(recipe.output_dir / recipe.name if recipe.output_dir.is_absolute() else recipe.name)
     upload = collect(loaded)
-    _offer_token()
+    from rlhf.backend import offer_token
+
+    offer_token()
     from actors.submit import submit
 
     def say(text: str) -> None:
@@ -261,6 +250,9 @@ def schema() -> None:
 
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
+
+for command in (init, status, runs, export, serve, chat, evaluate):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

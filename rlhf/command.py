@@ -7,8 +7,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -40,7 +41,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Interrupted as stop:
             at = f" in {stop}" if str(stop) else ""
             _tell(f"interrupted{at}; the same command goes on")
-            sys.exit(stop.exit_code)
+            _leave(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -64,6 +65,13 @@ def _tell(text: str) -> None:
         click.echo(text, err=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the flush at the end would change the exit code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now that all is saved and closed: libraries' threads, cut short, may crash it on its way out."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _show_traceback(wanted: bool) -> None:

@@ -39,7 +39,7 @@ def stage_content(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> dict
         "seed": recipe.seed,  # a stage's own is among its settings
         "budget": recipe.budget.model_dump() if recipe.budget and _is_limited(stage) else None,
         "dtype": recipe.model.dtype,
-        "lora": recipe.lora if isinstance(recipe.lora, str) else recipe.lora.model_dump(mode="json"),
+        "tuning": recipe.tuning.model_dump(mode="json"),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,
         "stage": json.loads(settings),

@@ -63,6 +63,11 @@ class LocalModel:
         self.learner.save(folder)
         return Ready(None)
 
+    def save_adapter(self, folder: Path) -> Ready[None]:
+        """Write the adapters."""
+        self.learner.save_adapter(folder)
+        return Ready(None)
+
     def state_bytes(self) -> Ready[int]:
         """Return the bytes that `save_state` writes."""
         return Ready(self.learner.state_bytes())

@@ -16,6 +16,9 @@ from rlhf.errors import ResourceError, TrainingError
 MANIFEST = "manifest.json"
 FORMAT = 1
 FIELDS = {"format": int, "step": int, "key": str, "info": dict, "files": dict}
+SEALED = {"model": "files", "adapter": "adapter"}
+"""Folders that a finished stage leaves, and the keys of `done.json` that hold the seals of their files."""
+
 MOST_READERS = 8
 DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN)  # not of the reader
 

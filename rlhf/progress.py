@@ -23,6 +23,7 @@ from rlhf.untrusted import printable
 
 SHOWN = {
     "loss": "loss",
+    "heldout_loss": "held-out loss",
     "accuracy": "accuracy",
     "reward": "reward",
     "gold": "gold",
@@ -92,9 +93,9 @@ class Display(logging.Handler):
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=done, detail=brief(metrics))
         elif now - self.printed >= PLAIN_INTERVAL_S or done == self.total:
-            eta = (now - self.started) / done * (self.total - done)
+            eta = f"  eta {(now - self.started) / done * (self.total - done):.0f}s" if done else ""
             self.printed = now
-            self.say(f"{self.label}: step {done}/{self.total}  {brief(metrics)}  eta {eta:.0f}s")
+            self.say(f"{self.label}: step {done}/{self.total}  {brief(metrics)}{eta}")
 
     def __enter__(self) -> Self:
         """Listen to warnings and start the live display, if there is one."""

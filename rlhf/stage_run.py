@@ -20,20 +20,23 @@ from rlhf.recipe.schedule import longest
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage
 from rlhf.report.curves import Curve
-from rlhf.report.diagnosis import diagnose_curve
+from rlhf.report.diagnosis import diagnose_curve, diagnose_end
 from rlhf.roles import Launcher
 from rlhf.run_folder import STATES, StageFolder
-from rlhf.stages import annotate, compare, kto, online, preference, reward, sft
+from rlhf.sinks.base import Sink
+from rlhf.stages import annotate, classify, compare, kto, online, preference, reward, sft, synthesize
 from rlhf.stages.context import StageContext
 from rlhf.stages.recovery import StageRecovery
 from rlhf.stages.sft import Summary
-from rlhf.tracking import Tracker, WandbSink
+from rlhf.tracking import Tracker
 
 log = logging.getLogger("rlhf")
 GROWTH = 1.05
 STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
     "sft": sft.run,
+    "classify": classify.run,
     "annotate": annotate.run,
+    "synthesize": synthesize.run,
     "reward": reward.run,
     "compare": compare.run,
     **dict.fromkeys(PAIR_LOSSES, preference.run),
@@ -53,7 +56,7 @@ class Surroundings:
     launcher: Launcher
     display: Display
     interrupts: Interrupts
-    wandb: WandbSink | None
+    sink: Sink | None
 
 
 def run_stages(run: Surroundings, restart: Collection[str] = ()) -> None:
@@ -90,11 +93,13 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
             continue
         run.launcher.release()
         made.finish(summary, context.cost())
+        for diagnosis in diagnose_end(context.tracker.curve):
+            log.warning("%s: %s", stage.name, diagnosis)
         return summary
 
 
 def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> StageContext:
-    tracker = Tracker(stage.name, made.folder, run.display, run.wandb, watcher(stage, run.recipe))
+    tracker = Tracker(stage.name, made.folder, run.display, run.sink, watcher(stage, run.recipe))
     return StageContext(
         recipe=run.recipe,
         stage=stage,
@@ -130,14 +135,15 @@ def _attempt(stage: Stage, context: StageContext) -> Summary:
 def watcher(stage: Stage, recipe: Recipe) -> Callable[[Curve], None]:
     """Return what says each diagnosis of the stage's curve once, or stops the run where the recipe wants that.
 
-    A curve is read again when it has grown by a twentieth, so that the cost of long runs grows with their length.
+    A curve is read again when it has grown by a twentieth, so that the cost of long runs grows with their length, and
+    after each evaluation.
     """
     said: set[str] = set()
     due = 0.0
 
     def watch(curve: Curve) -> None:
         nonlocal due
-        if len(curve) < due:
+        if len(curve) < due and "heldout_loss" not in curve[-1]:
             return
         due = GROWTH * len(curve)
         for diagnosis in diagnose_curve(stage.kind, curve):

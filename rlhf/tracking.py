@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` of the stage, the display, and wandb where the recipe asks for it."""
+"""Where metrics go: `metrics.jsonl` of the stage, the display, and the sinks that the recipe asks for."""
 
 from __future__ import annotations
 
@@ -8,36 +8,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from rlhf.progress import Display
-from rlhf.recipe.schema import Recipe
 from rlhf.report.curves import Curve
-
-
-class WandbSink:
-    """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set, or as WANDB_MODE says."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        import wandb
-
-        settings = recipe.tracking.wandb
-        assert settings is not None
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        config = recipe.model_dump(mode="json", exclude={"tracking", "ray"})
-        self.run: Any = wandb.init(
-            project=settings.project, entity=settings.entity, name=recipe.name, dir=folder, mode=mode, config=config
-        )
-        for stage in recipe.stages:
-            self.run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Log under `stage/name`, with the stage's own step axis."""
-        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
+from rlhf.sinks.base import Sink
+from rlhf.stage_progress import PROGRESS, StageProgress
 
 
 class Tracker:
@@ -48,15 +23,16 @@ class Tracker:
         stage: str,
         folder: Path,
         display: Display,
-        wandb: WandbSink | None,
+        sink: Sink | None,
         watch: Callable[[Curve], None] = lambda curve: None,
     ) -> None:
         self.stage = stage
         self.watch = watch
         self.curve: Curve = []
         self.display = display
-        self.wandb = wandb
+        self.sink = sink
         self.path = folder / "metrics.jsonl"
+        self.progress = StageProgress(folder / PROGRESS)
         self.step = 0
         self.started = time.monotonic()
         self.gradient_tokens = self.generated_tokens = 0
@@ -83,6 +59,9 @@ class Tracker:
         self.step = int(mark["step"])
         self.started = time.monotonic() - mark["seconds"]
         self.gradient_tokens, self.generated_tokens = int(mark["gradient_tokens"]), int(mark["generated_tokens"])
+        self.progress.begin_again(self.step)
+        if self.sink:
+            self.sink.rewind(self.stage, self.step)
         if not self.path.exists():
             return
         os.truncate(self.path, int(mark["offset"]))
@@ -96,15 +75,18 @@ class Tracker:
     def begin(self, label: str, total: int) -> None:
         """Show that a part of the stage with `total` steps begins."""
         self.display.stage(f"{self.stage} {label}".strip(), total)
+        self.progress.begin(label, total)
 
     def expect(self, total: int) -> None:
         """Show that the part will have `total` steps after all."""
         self.display.expect(total)
+        self.progress.expect(total)
 
     def advance(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that a step (from 1) is finished, with nothing to record."""
         self.step = step
         self.display.step(step, metrics)
+        self.progress.advance(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a finished step (from 1); non-finite values are written as null."""
@@ -113,8 +95,8 @@ class Tracker:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
-        if self.wandb:
-            self.wandb.log(self.stage, step, values)
+        if self.sink:
+            self.sink.log(self.stage, step, values)
         self.advance(step, values)
         self.curve.append({"step": step, **values})
         self.watch(self.curve)

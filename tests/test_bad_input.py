@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(240)
 HEAD = """\
 name: trial
 model: {path: "tiny://llama", dtype: float32}
-lora: {r: 4}
+tuning: {kind: lora, r: 4}
 roles: {rollout: {engine: transformers}}
 stages:
 """
@@ -74,7 +74,7 @@ def nothing(prompt, response, metadata):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with data that is all right, on a machine with one core (for speed where others work too)."""
-    monkeypatch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+    monkeypatch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
     questions = ("Why?", "How?", "Who?", "When?", "Where?", "What?")
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "So."}] for q in questions]
     write_rows(tmp_path / "sft.jsonl", [{"messages": chat} for chat in chats])

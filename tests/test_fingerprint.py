@@ -72,8 +72,8 @@ def test_keys_are_stable_and_no_two_stages_share_one(folder):
     [
         ("seed=18", ALL),
         ("model.dtype=bfloat16", ALL),
-        ("lora={r: 4}", ALL),
-        ("lora=full", ALL),
+        ("tuning={kind: lora, r: 4}", ALL),
+        ("tuning={kind: full}", ALL),
         ("stages.sft.optimizer.learning_rate=0.5", ALL),
         ("stages.sft.data.limit=3", ALL),
         ("stages.pairs.label_noise=0.2", {"pairs", "rm", "ppo", "duel"}),

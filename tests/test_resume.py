@@ -22,7 +22,7 @@ from rlhf.tracking import Tracker
 RECIPE = """\
 name: trial
 model: {path: "tiny://llama", dtype: float32}
-lora: {r: 4}
+tuning: {kind: lora, r: 4}
 roles: {rollout: {engine: transformers}}
 recovery: {every_steps: 1, keep_last: 2}
 stages:

@@ -1,19 +1,29 @@
-"""Metrics: strict JSON lines always, Weights & Biases on the side where the recipe asks for it."""
+"""Metrics: strict JSON lines always, and the sinks that the recipe asks for, which may fail."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
+from rlhf.cli import main
+from rlhf.errors import RecipeError
 from rlhf.progress import Display
 from rlhf.recipe.load import load_recipe
-from rlhf.tracking import Tracker, WandbSink
+from rlhf.sinks.base import Sinks, open_sinks
+from rlhf.sinks.tensorboard import TensorboardSink
+from rlhf.sinks.wandb import WandbSink
+from rlhf.stage_progress import read_progress
+from rlhf.tracking import Tracker
 from rlhf.types import Metrics
 
 RECIPE = """\
@@ -88,20 +98,178 @@ def test_a_step_without_metrics_is_shown_and_not_recorded(tracker, shown):
 
 
 class Recorder:
-    """Stands where the Weights & Biases sink stands."""
+    """A sink that keeps what it gets, and fails from a step on."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: float = math.inf) -> None:
         self.logged: list[tuple] = []
+        self.fails_at = fails_at
 
-    def log(self, *arguments: object) -> None:
-        self.logged.append(arguments)
+    def log(self, stage: str, step: int, metrics: dict) -> None:
+        if step >= self.fails_at:
+            raise OSError("no space left")
+        self.logged.append((stage, step, dict(metrics)))
+
+    def rewind(self, stage: str, step: int) -> None:
+        self.logged.append((stage, "back to", step))
+
+    def close(self, failed: bool) -> None:
+        self.logged.append(("closed", failed))
 
 
-def test_the_other_sink_gets_the_same_numbers(tmp_path):
+def test_a_sink_gets_the_same_numbers_and_is_told_where_the_stage_goes_on(tmp_path):
     sink = Recorder()
-    tracker = Tracker("ppo", tmp_path, Display(Console(file=io.StringIO(), force_terminal=False)), sink)  # type: ignore[arg-type]
+    tracker = Tracker("ppo", tmp_path, Display(Console(file=io.StringIO(), force_terminal=False)), sink)
+    tracker.rewind(None)
     tracker.log(4, {"loss": 0.5})
-    assert sink.logged == [("ppo", 4, {"loss": 0.5, "gradient_tokens": 0.0, "generated_tokens": 0.0})]
+    mark = tracker.mark()
+    tracker.log(5, {"loss": 0.25})
+    tracker.rewind(mark)
+    spent = {"gradient_tokens": 0.0, "generated_tokens": 0.0}
+    assert sink.logged == [
+        ("ppo", "back to", 0),
+        ("ppo", 4, {"loss": 0.5, **spent}),
+        ("ppo", 5, {"loss": 0.25, **spent}),
+        ("ppo", "back to", 4),
+    ]
+
+
+def test_a_sink_that_fails_is_named_once_and_the_others_go_on(caplog):
+    good, bad = Recorder(), Recorder(fails_at=2)
+    sinks = Sinks()
+    sinks.add("good", lambda: good)
+    sinks.add("bad", lambda: bad)
+    sinks.add("never", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    for step in (1, 2, 3):
+        sinks.log("sft", step, {"loss": 1.0})
+    sinks.close(failed=False)
+    assert [entry[1] for entry in good.logged] == [1, 2, 3, False]
+    assert [entry[1] for entry in bad.logged] == [1]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "tracking.never failed and gets nothing more; the run goes on: ZeroDivisionError: division by zero",
+        "tracking.bad failed and gets nothing more; the run goes on: OSError: no space left",
+    ]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "sft.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {n}.", "completion": str(n)}) + "\n" for n in range(4))
+    )
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("{wandb: {project: alignment}}", "{tensorboard: true}"))
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_sink_without_its_package_is_refused_before_anything_starts(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    wanted = load_recipe(recipe, ["tracking.trackio.project=mine"]).recipe
+    with (
+        pytest.raises(
+            RecipeError, match=r"^tracking.trackio: needs the package trackio: pip install 'rlhf\[trackio\]'"
+        ),
+        open_sinks(wanted, recipe.parent),
+    ):
+        pass
+    assert not (recipe.parent / "tensorboard").exists()
+
+
+def test_a_run_goes_on_without_a_sink_that_cannot_write(recipe):
+    out = recipe.parent / "out"
+    out.mkdir()
+    (out / "tensorboard").write_text("in the way")
+    command = ["run", str(recipe), "--local", "--output", str(out), "--set", "stages.sft.batch_size=1"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("tracking.tensorboard failed") == 1
+    assert len((out / "stages" / "sft" / "metrics.jsonl").read_text().splitlines()) >= 4
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_every_step_once_also_after_a_stage_went_back(tmp_path):
+    sink = TensorboardSink(tmp_path)
+    for step in (1, 2, 3, 4):
+        sink.log("ppo", step, {"loss": 1.0, "kl": float(step)})
+    sink.rewind("ppo", 2)
+    sink.log("ppo", 3, {"loss": 0.5, "kl": 9.0})
+    sink.log("dpo", 1, {"loss": 0.25})
+    sink.close(failed=False)
+    assert scalars(tmp_path / "ppo") == {"loss": [(1, 1.0), (2, 1.0), (3, 0.5)], "kl": [(1, 1.0), (2, 2.0), (3, 9.0)]}
+    again = TensorboardSink(tmp_path)  # another process begins the stage anew
+    again.rewind("ppo", 0)
+    again.rewind("other", 0)
+    again.log("ppo", 1, {"loss": 2.0})
+    again.close(failed=True)
+    assert scalars(tmp_path / "ppo")["loss"] == [(1, 2.0)]
+    assert scalars(tmp_path / "dpo") == {"loss": [(1, 0.25)]}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "ppo"]
+
+
+TRACKIO = """
+import json, socket, sqlite3, sys
+from pathlib import Path
+
+def refuse(*arguments):
+    raise AssertionError(f"network: {arguments}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.socket.bind = refuse
+socket.getaddrinfo = refuse
+from rlhf.recipe.load import load_recipe
+from rlhf.sinks.trackio import TrackioSink
+
+recipe = load_recipe(Path("recipe.yaml"), ["tracking.trackio.project=mine"]).recipe
+sink = TrackioSink(recipe, Path("/run"))
+for step in (1, 2, 3):
+    sink.log("sft", step, {"loss": float(step)})
+sink.rewind("sft", 2)
+sink.log("sft", 3, {"loss": 0.5, "kl": float("nan")})
+TrackioSink(recipe, Path("/other")).log("sft", 1, {"loss": 7.0})
+sink.close(False)
+from trackio.sqlite_storage import SQLiteStorage
+record = [run for run in SQLiteStorage.get_run_records("mine")]
+rows = SQLiteStorage.get_logs("mine", "trial/sft", run_id=sink._id("sft"))
+config = SQLiteStorage.get_run_config("mine", "trial/sft", run_id=sink._id("sft"))
+print(json.dumps([len(record), [[row["step"], row["loss"]] for row in rows], str(config)]))
+"""
+
+
+def test_trackio_keeps_every_step_once_in_a_local_database(recipe):
+    """Every connection, and every attempt to serve one, is refused; the environment asks for the network."""
+    environ = {
+        **os.environ,
+        "TRACKIO_DIR": str(recipe.parent / "trackio"),
+        "TRACKIO_SPACE_ID": "somebody/space",
+        "TRACKIO_SERVER_URL": "http://127.0.0.1:9",
+        "TRACKIO_BUCKET_ID": "somebody/bucket",
+        "JUDGE_TOKEN": "a-secret-of-mine",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKIO], cwd=recipe.parent, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    runs, rows, config = json.loads(done.stdout.splitlines()[-1])
+    assert (runs, rows) == (2, [[1, 1.0], [2, 2.0], [3, 0.5]])
+    assert "tiny://llama" in config
+    everything = b"".join(path.read_bytes() for path in (recipe.parent / "trackio").rglob("*") if path.is_file())
+    for secret in (b"ray-head.internal", b"a-secret-of-mine"):
+        assert secret not in everything
+
+
+def test_how_far_a_stage_is_stands_in_its_folder(tracker, tmp_path):
+    tracker.rewind({"step": 2, "offset": 0, "seconds": 0.0, "gradient_tokens": 0, "generated_tokens": 0})
+    tracker.log(3, {"loss": 1.0})
+    found = read_progress(tmp_path)
+    assert found is not None
+    assert (found.step, found.total, found.first) == (3, 3, 2)
+    assert found.rest == 0.0
+    (tmp_path / "progress.json").write_text("{")
+    assert read_progress(tmp_path) is None
 
 
 def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path, monkeypatch):
@@ -119,7 +287,7 @@ def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path,
     sink = WandbSink(load_recipe(tmp_path / "recipe.yaml").recipe, folder)
     sink.log("sft", 1, {"loss": 0.5})
     sink.log("sft", 2, {"loss": 0.25, "odd_metric": float("nan")})
-    sink.close()
+    sink.close(failed=False)
     assert os.environ.get("WANDB_MODE") == before.get("WANDB_MODE")
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     ends = time.monotonic() + 60  # its own process writes the file

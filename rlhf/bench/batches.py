@@ -6,6 +6,8 @@ import random
 
 import torch
 
+from rlhf.data.collate import collate
+from rlhf.data.sequences import answered
 from rlhf.types import Experience, PreferenceBatch, TokenBatch
 
 PROMPT, RESPONSE, SPREAD = 128, 64, 0.6
@@ -59,11 +61,4 @@ class Drawer:
 
 def collated(rows: list[Sequence]) -> TokenBatch:
     """Return sequences as a padded batch."""
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    lengths = torch.tensor([[len(prompt), len(prompt) + len(response)] for prompt, response in rows])
-    for row, (prompt, response) in enumerate(rows):
-        tokens[row, : lengths[row, 1]] = torch.tensor(prompt + response)
-    columns = torch.arange(width)
-    real = columns < lengths[:, 1:]
-    return TokenBatch(tokens, real, real & (columns >= lengths[:, :1]), torch.zeros(tokens.shape))
+    return collate([answered(tuple(prompt), tuple(response)) for prompt, response in rows], pad_id=0)

@@ -15,8 +15,7 @@ from rlhf.engines.base import LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.objectives import RewardModel, Sft
 from rlhf.engines.preference_objectives import Preference
-from rlhf.models.lora import unwrapped
-from rlhf.recipe.resources import adapters
+from rlhf.models.tuning import unwrapped
 from rlhf.types import Experience, PreferenceBatch, TokenBatch
 
 ROWS = {"cpu": 16, "cuda": 128}
@@ -62,7 +61,7 @@ def learner_spec(kind: LearnerKind, setting: Setting) -> LearnerSpec:
         kind="scalar" if kind == "reward" else "causal",
         checkpoint=setting.folder,
         dtype=setting.recipe.model.dtype,
-        lora=adapters(setting.recipe, stage.lora),
+        tuning=stage.tuning or setting.recipe.tuning,
         optimizer=stage.optimizer,
         head_learning_rate=getattr(stage, "head_learning_rate", None),
         max_tokens_per_microbatch=stage.max_tokens_per_microbatch,

@@ -43,7 +43,7 @@ def settings(setting: Setting) -> dict[str, Any]:
         "recipe": recipe.name,
         "model": recipe.model.path,
         "dtype": recipe.model.dtype,
-        "lora": recipe.lora if recipe.lora == "full" else recipe.lora.model_dump(),
+        "tuning": recipe.tuning.model_dump(),
         "threads": {kind: setting.threads(kind) for kind in LEARNERS} | {"rollouts": setting.threads("annotate")},
         "max_tokens_per_microbatch": {kind: stage.max_tokens_per_microbatch for kind, stage in stages.items()},
         "learner_tokens": {"prompt": batches.PROMPT, "response": batches.RESPONSE, "spread": batches.SPREAD},

@@ -18,6 +18,7 @@ from rlhf.recipe.role_schema import Roles as RoleSections
 from rlhf.recipe.role_schema import RolloutRole, TrainedRole
 from rlhf.recipe.schema import ModelSource, Recipe
 from rlhf.recipe.stage_schema import Stage
+from rlhf.recipe.tuning_schema import Full
 
 LearnerKind = Literal["sft", "dpo", "reward", "ppo"]
 LEARNERS: tuple[LearnerKind, ...] = get_args(LearnerKind)
@@ -103,41 +104,28 @@ def own_recipe(gpus: int) -> Recipe:
     """Return the recipe of a measurement without one: on the CPU, or with engine and policy on one GPU or two."""
     rollout = {0: RolloutRole(), 1: RolloutRole(share="policy")}.get(gpus, RolloutRole(gpus=1))
     roles = RoleSections(policy=TrainedRole(gpus=min(1, gpus)), rollout=rollout)
-    return Recipe(name="bench", model=ModelSource(path="bench"), lora="full", roles=roles, stages=[_own_stage("sft")])
+    return Recipe(name="bench", model=ModelSource(path="bench"), tuning=Full(), roles=roles, stages=[_own_stage("sft")])
 
 
 def own_model() -> Path:
     """Return the folder of a random Llama of 45M weights (hidden 512, 4 layers, vocabulary 32k), built once."""
+    import torch
+
     from rlhf.models import tiny
 
-    sizes = {"hidden": 512, "intermediate": 1376, "layers": 4, "heads": 8, "kv_heads": 4, "vocabulary": 32_000}
-    key = f"{file_digest(Path(__file__))} {file_digest(Path(tiny.__file__))}"
-    return build_once(default_cache(), "bench-llama", key, partial(_build, sizes=sizes))
-
-
-def _build(folder: Path, sizes: dict[str, int]) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from rlhf.models.tiny import BEGIN, PAD, TURN_END, byte_tokenizer
-
-    config = LlamaConfig(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=sizes["intermediate"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["kv_heads"],
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=BEGIN,
-        eos_token_id=TURN_END,
+    build = partial(
+        tiny.build_tiny,
+        hidden=512,
+        intermediate=1376,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        tied=False,
+        vocabulary=32_000,
+        positions=2048,
+        dtype=torch.bfloat16,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    return build_once(default_cache(), "bench-llama", f"{build.keywords} {file_digest(Path(tiny.__file__))}", build)
 
 
 def _stage(recipe: Recipe, kind: str) -> Stage:

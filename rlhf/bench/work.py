@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.models.flat import flatten
-from rlhf.models.lora import unwrapped
+from rlhf.models.tuning import unwrapped
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.types import TokenBatch
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from rlhf.data.reading import read_conversations, read_prompts
+from collections.abc import Iterable, Iterator
+
+from rlhf.data.reading import each_conversation, each_preference, read_labelled, read_prompts
+from rlhf.data.rows import Message
 from rlhf.errors import DataError
 from rlhf.recipe.base import StageData
+from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import CompareStage, SftStage, Stage
+from rlhf.recipe.stage_schema import CompareStage, RewardStage, SftStage, Stage, SynthesizeStage
 
 
 def check_disjoint(recipe: Recipe) -> None:
@@ -19,18 +23,35 @@ def check_disjoint(recipe: Recipe) -> None:
 
 
 def _check(stage: Stage, held_out: set[str], name: str) -> None:
-    if shared := held_out & _seen(stage):
+    if shared := held_out.intersection(_seen(stage)):
         raise DataError(
             f"{len(shared)} of {len(held_out)} prompts of stages.{name} are also in stages.{stage.name},"
             f" for example {min(shared)!r}; hold them out"
         )
 
 
-def _seen(stage: Stage) -> set[str]:
-    if isinstance(stage, SftStage):
-        if isinstance(stage.data, StageData):
-            return set()  # what the annotate stage saw
-        return {message["content"] for row in read_conversations(stage.data) for message in row.messages[:1]}
-    if isinstance(stage, CompareStage) or not hasattr(stage, "prompts"):
-        return set()
-    return {row.text for row in read_prompts(stage.prompts)}
+def _seen(stage: Stage) -> Iterator[str]:
+    """Yield all that users ask in a stage's files; they are never in memory together."""
+    match stage:
+        case CompareStage():
+            return
+        case SynthesizeStage():
+            for chat in each_conversation(stage.seeds):
+                yield from _asked(chat.messages)
+        case SftStage() | RewardStage() | PreferenceStage() if isinstance(stage.data, StageData):
+            return  # what the annotate stage saw; a synthesize stage leaves out what comparisons ask
+        case SftStage():
+            for chat in each_conversation(stage.data):
+                yield from _asked(chat.messages)
+        case KtoStage():
+            for answers in read_labelled(stage.data):
+                yield from _asked(answers[0].prompt)
+        case RewardStage() | PreferenceStage():
+            for pairs in each_preference(stage.data):
+                yield from _asked(pairs[0].prompt if pairs else ())
+        case _ if hasattr(stage, "prompts"):
+            yield from (row.text for row in read_prompts(stage.prompts))
+
+
+def _asked(messages: Iterable[Message]) -> Iterator[str]:
+    return (message["content"] for message in messages if message["role"] == "user")

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.classes import Labels
+from rlhf.data.parts import Segment, example_of, items, parts
 from rlhf.data.reading import Purpose, purpose_of, survey
-from rlhf.data.rows import Conversation, Message, PreferenceRow, PromptRow
-from rlhf.data.sequences import TokenSequence
-from rlhf.data.tokenize import conversation_sequences, labelled_sequences, preference_sequences, tokenize_prompts
+from rlhf.data.recognise import source_name
+from rlhf.data.rows import TextRow
 from rlhf.errors import DataError
 from rlhf.recipe.base import HubData, PathData
 from rlhf.recipe.preference_schema import KtoStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import SftStage, Stage
+from rlhf.recipe.stage_schema import ClassifyStage, SftStage, Stage
 
 if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
 SHOWN = 5
-Segment = tuple[str, bool]
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,12 @@ class Inspection:
     """One source.
 
     bad         how many rows cannot be used; `bad_rows` says so of the first, `reasons` counts them by what is wrong
+    counts      what the rows come to: pairs and ties, desirable answers and others, texts of each label
     lengths     tokens by part of a row, with the chat template; empty without a tokenizer
     too_long    rows over the limit of `use`, and `first_too_long` the first of them: they stop a run
     duplicates  rows that repeat an earlier one
-    example     the first row by part, as (text, whether it is trained on); with the template where there is a tokenizer
+    example     the first row (of a ranking, its first pair) by part, as (text, whether it is trained on); with the
+                template where there is a tokenizer
     refusals    what would stop a run
     """
 
@@ -69,6 +70,7 @@ class Inspection:
     bad: int
     bad_rows: tuple[str, ...]
     reasons: Mapping[str, int]
+    counts: Mapping[str, int]
     lengths: Mapping[str, Lengths]
     too_long: int
     first_too_long: str
@@ -86,28 +88,28 @@ def inspect_source(use: Use, tokenizer: ChatTokenizer | None) -> Inspection:
     example: dict[str, tuple[Segment, ...]] = {}
     for row in found.rows:
         try:
-            parts = _parts(row, use.purpose, tokenizer) if tokenizer else {}
+            found_parts = [part for item in items(row) for part in parts(item, tokenizer)] if tokenizer else []
         except DataError as error:
             bad.append(error)
             continue
-        for name, sequence in parts.items():
+        for name, sequence in found_parts:
             lengths.setdefault(name, []).append(len(sequence.tokens))
-            if use.purpose != "prompts":
+            if any(sequence.response_mask):
                 lengths.setdefault(f"{name}, trained", []).append(sum(sequence.response_mask))
-        if use.limit is not None and any(len(part.tokens) > use.limit for part in parts.values()):
-            too_long.append(_where(row))
-        if not example:
-            example = {name: _segments(part, tokenizer) for name, part in parts.items()} if tokenizer else _plain(row)
-    contents = [_content(row) for row in found.rows]
+        if use.limit is not None and any(len(part.tokens) > use.limit for _, part in found_parts):
+            too_long.append(items(row)[0].where)
+        example = example or example_of(row, tokenizer)
+    contents = [_content(row) for row in found.rows if items(row)]
     made = Inspection(
         use=use,
-        name=str(use.source.path) if isinstance(use.source, PathData) else f"{use.source.hub}[{use.source.split}]",
+        name=source_name(use.source),
         format=found.format,
         columns=found.columns,
         rows=len(found.rows) + len(found.bad),
         bad=len(bad),
         bad_rows=tuple(str(error) for error in bad[:SHOWN]),
         reasons=dict(Counter(_reason(error) for error in bad).most_common()),
+        counts=_counts(found.rows, use.purpose),
         lengths={name: _summary(counts) for name, counts in lengths.items()},
         too_long=len(too_long),
         first_too_long=too_long[0] if too_long else "",
@@ -145,68 +147,36 @@ def _stage_uses(stage: Stage) -> Iterator[Use]:
         purpose = "conversations"
     elif isinstance(stage, KtoStage):
         purpose = "labelled"
-    for key, setting in (("data", "max_length"), ("prompts", "max_prompt_tokens")):
+    elif isinstance(stage, ClassifyStage):
+        purpose = "classes"
+    read: tuple[tuple[str, Purpose, str], ...] = (
+        ("data", purpose, "max_length"),
+        ("prompts", "prompts", "max_prompt_tokens"),
+        ("seeds", "conversations", ""),
+        ("retention", "conversations", ""),
+    )
+    for key, kind, setting in read:
         source = getattr(stage, key, None)
         if isinstance(source, PathData | HubData):
-            kind: Purpose = "prompts" if key == "prompts" else purpose
-            yield Use(source, kind, (f"stages.{stage.name}.{key}",), setting, getattr(stage, setting))
+            limit = getattr(stage, setting) if setting else None
+            yield Use(source, kind, (f"stages.{stage.name}.{key}",), setting, limit)
 
 
-def _parts(row: Any, purpose: Purpose, tokenizer: ChatTokenizer) -> dict[str, TokenSequence]:
-    """Return the token sequences that training would make of a row, without a limit."""
-    if purpose == "conversations":
-        return {"conversation": conversation_sequences([row], tokenizer, sys.maxsize)[0]}
-    if purpose == "prompts":
-        tokens = tokenize_prompts([row], tokenizer, sys.maxsize)[0].tokens
-        return {"prompt": TokenSequence(tokens, (False,) * len(tokens))}
+def _counts(rows: Sequence[Any], purpose: Purpose) -> dict[str, int]:
+    single = list(chain.from_iterable(map(items, rows)))
     if purpose == "preferences":
-        pair = preference_sequences([row], tokenizer, sys.maxsize)[0]
-        return {"prompt + chosen": pair.chosen, "prompt + rejected": pair.rejected}
-    found = labelled_sequences(row, tokenizer, sys.maxsize)
-    return {f"prompt + {_label(item.desirable)} completion": item.sequence for item in found}
-
-
-def _label(desirable: bool) -> str:
-    return "desirable" if desirable else "undesirable"
-
-
-def _segments(part: TokenSequence, tokenizer: ChatTokenizer) -> tuple[Segment, ...]:
-    """Return the text of a sequence, special tokens and all, cut where training starts and ends."""
-    marked = zip(part.tokens, part.response_mask, strict=True)
-    return tuple(
-        (tokenizer.hf.decode([token for token, _ in run], clean_up_tokenization_spaces=False), trained)
-        for trained, run in groupby(marked, key=lambda item: item[1])
-    )
-
-
-def _plain(row: Any) -> dict[str, tuple[Segment, ...]]:
-    """Return what the segments would be, without a template."""
-    if isinstance(row, PromptRow):
-        return {"prompt": tuple((_line(message), False) for message in row.messages)}
-    if isinstance(row, Conversation):
-        turns = ((_line(message), message["role"] == "assistant") for message in row.messages)
-        return {"conversation": tuple(turns)}
-    if isinstance(row, PreferenceRow):
-        answers = {"prompt + chosen": row.chosen, "prompt + rejected": row.rejected}
-    else:
-        answers = {f"prompt + {_label(item.desirable)} completion": item.completion for item in row}
-        row = row[0]
-    asked = tuple((_line(message), False) for message in row.prompt)
-    return {name: (*asked, ("assistant: ", False), (text, True)) for name, text in answers.items()}
-
-
-def _line(message: Message) -> str:
-    return f"{message['role']}: {message['content']}\n"
-
-
-def _where(row: Any) -> str:
-    return row[0].where if isinstance(row, tuple) else row.where
+        return {"pairs": len(single), "ties": sum(not row for row in rows)}
+    if purpose == "labelled":
+        return dict(Counter("desirable" if item.desirable else "undesirable" for item in single))
+    if purpose == "classes":
+        return dict(Counter(str(item.label) for item in single).most_common())
+    return {}
 
 
 def _content(row: Any) -> str:
     """Return a row without its place and its name, to find it again."""
-    items = [asdict(item) for item in (row if isinstance(row, tuple) else (row,))]
-    return json.dumps([{key: item[key] for key in item if key not in ("where", "id")} for item in items], default=str)
+    said = [asdict(item) for item in items(row)]
+    return json.dumps([{key: item[key] for key in item if key not in ("where", "id")} for item in said], default=str)
 
 
 def _reason(error: DataError) -> str:
@@ -227,6 +197,10 @@ def _refusals(made: Inspection, rows: Sequence[Any]) -> Iterator[str]:
         yield f"{made.bad_rows[0]} ({made.bad} bad rows, max_bad_rows is {allowed})"
     if not rows:
         yield f"{made.name}: no rows"
+    if rows and made.use.purpose == "preferences" and not made.counts["pairs"]:
+        yield f"{made.name}: no pairs, as each of the {len(rows)} rows is a tie"
+    if rows and made.use.purpose == "classes":
+        yield from _class_refusals(rows)
     if made.too_long:
         yield f"{made.first_too_long}: over {made.use.setting} {made.use.limit}, as are {made.too_long} rows in all"
     if made.use.purpose == "prompts":
@@ -234,3 +208,13 @@ def _refusals(made: Inspection, rows: Sequence[Any]) -> Iterator[str]:
         twice = next((row for row in rows if names[row.id] > 1), None)
         if twice:
             yield f"{twice.where}: prompt id {twice.id!r} is used {names[twice.id]} times"
+
+
+def _class_refusals(rows: Sequence[TextRow]) -> Iterator[str]:
+    labels = Labels()
+    try:
+        for row in rows:
+            labels.add(row)
+        labels.classes()
+    except DataError as error:
+        yield str(error)

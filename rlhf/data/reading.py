@@ -1,27 +1,42 @@
-"""Data sources to typed rows: every row is checked by us, and a bad one is an error with its line."""
+"""Data sources to typed rows: every row is checked by us, and a bad one is an error with its line.
+
+Rows are made one at a time, as they are asked for: `each_...` never holds more of a source than it has just read.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from rlhf.data.formats import CONVERSATIONS, LABELLED, Adapter, Row, preference, prompt
+from rlhf.data.recognise import Layout, Purpose, advice, chosen_layout, layouts, recognised, source_name
 from rlhf.data.records import Record, read_records
-from rlhf.data.rows import Conversation, LabelledRow, PreferenceRow, PromptRow
-from rlhf.errors import DataError, RecipeError
-from rlhf.recipe.base import HubData, PathData
+from rlhf.data.rows import Conversation, LabelledRow, PreferenceRow, PromptRow, TextRow
+from rlhf.data.validation import MissingColumn
+from rlhf.errors import DataError
+from rlhf.recipe.base import Format, HubData, PathData
 
 log = logging.getLogger(__name__)
-Choice = TypeVar("Choice")
-Purpose = Literal["conversations", "prompts", "preferences", "labelled"]
-Pick = Callable[[Record], Adapter[Row]]
+BY_FORMAT: dict[Format, Purpose] = {
+    "messages": "conversations",
+    "prompt_completion": "conversations",
+    "prompts": "prompts",
+    "preference": "preferences",
+    "hh_rlhf": "preferences",
+    "ultrafeedback": "preferences",
+    "ranking": "preferences",
+    "kto": "labelled",
+    "classification": "classes",
+}
 
 
 @dataclass(frozen=True)
 class Survey:
-    """All rows of a source, and what is wrong with the others; `format` and `columns` are of its first good record."""
+    """All rows of a source, and what is wrong with the others; `format` and `columns` are of its first good record.
+
+    Of preferences a row is the tuple of a record's pairs, of labelled answers the tuple of its answers.
+    """
 
     format: str
     columns: tuple[str, ...]
@@ -29,157 +44,140 @@ class Survey:
     bad: list[DataError]
 
 
-def read_conversations(source: PathData | HubData) -> list[Conversation]:
-    """Read chats to imitate: `messages`, ShareGPT, prompt + completion or Alpaca.
+def each_conversation(source: PathData | HubData) -> Iterator[Conversation]:
+    """Yield chats to imitate: `messages`, ShareGPT, prompt + completion or Alpaca.
 
-    With `format: auto` the columns of the first readable row decide. Raises DataError at the first bad row
-    beyond `max_bad_rows`.
+    With `format: auto` the columns of the first good row decide. Raises DataError at the first bad row beyond
+    `max_bad_rows`.
     """
-    return _rows(source, _conversation_adapter(source))
+    return _rows(source, "conversations")
+
+
+def each_preference(source: PathData | HubData) -> Iterator[tuple[PreferenceRow, ...]]:
+    """Yield the pairs of each row, none of a tie; errors as in `each_conversation`, and DataError without any pair."""
+    rows = pairs = ties = 0
+    for row in _rows(source, "preferences"):
+        rows, pairs, ties = rows + 1, pairs + len(row), ties + (not row)
+        yield row
+    if not pairs:
+        raise DataError(f"{source_name(source)}: no pairs, as each of the {rows} rows is a tie")
+    if ties:
+        log.warning("%s: %d of %d rows are ties and make no pair", source_name(source), ties, rows)
+
+
+def each_text(source: PathData | HubData) -> Iterator[TextRow]:
+    """Yield texts with their labels; errors as in `each_conversation`."""
+    return _rows(source, "classes")
+
+
+def read_conversations(source: PathData | HubData) -> list[Conversation]:
+    """Return what `each_conversation` yields."""
+    return list(each_conversation(source))
 
 
 def read_prompts(source: PathData | HubData) -> list[PromptRow]:
-    """Read prompts to answer; errors as in `read_conversations`."""
-    return _rows(source, _prompt_adapter(source))
+    """Read prompts to answer; errors as in `each_conversation`."""
+    return list(_rows(source, "prompts"))
 
 
 def read_preferences(source: PathData | HubData) -> list[PreferenceRow]:
-    """Read pairs of answers; errors as in `read_conversations`."""
-    return _rows(source, _preference_adapter(source))
+    """Return the pairs of all rows of `each_preference`, one row after the other."""
+    return [pair for row in each_preference(source) for pair in row]
 
 
 def read_labelled(source: PathData | HubData) -> list[tuple[LabelledRow, ...]]:
     """Read answers with a label (prompt + completion + label), or pairs: each row's answers, those of a pair together.
 
-    Detection and errors as in `read_conversations`.
+    Detection and errors as in `each_conversation`.
     """
-    return _rows(source, _labelled_adapter(source))
+    return list(_rows(source, "labelled"))
 
 
 def survey(source: PathData | HubData, purpose: Purpose) -> Survey:
     """Read as for training, but collect every error; damage that hides where rows start ends the reading."""
-    picks: dict[Purpose, Callable[[PathData | HubData], Pick[Any]]] = {
-        "conversations": _conversation_adapter,
-        "prompts": _prompt_adapter,
-        "preferences": _preference_adapter,
-        "labelled": _labelled_adapter,
-    }
-    seen: list[tuple[str, tuple[str, ...]]] = []
-    choose = picks[purpose](source)
-
-    def pick(record: Record) -> Adapter[Any]:
-        adapt = choose(record)
-        seen.append((adapt.__name__, tuple(record.values)))
-        return adapt
-
+    seen: tuple[str, tuple[str, ...]] | None = None
     rows: list[Any] = []
     bad: list[DataError] = []
     try:
-        for row in _adapted(source, pick):
-            if source.limit is not None and len(rows) == source.limit:
+        for item in _adapted(source, purpose):
+            if item.error is not None:
+                bad.append(item.error)
+                continue
+            seen = seen or (item.format, item.columns)
+            rows.append(item.row)
+            if len(rows) == source.limit:
                 break
-            (bad if isinstance(row, DataError) else rows).append(row)
     except DataError as error:
         bad.append(error)
-    return Survey(*(seen[0] if seen else ("unknown", ())), rows, bad)
+    return Survey(*(seen or ("unknown", ())), rows, bad)
 
 
 def purpose_of(source: PathData | HubData) -> Purpose:
     """Return what a source seems to be for, by its format or by the columns of its first readable row."""
-    by_format: dict[str, Purpose] = {"prompts": "prompts", "preference": "preferences", "kto": "labelled"}
     if source.format != "auto":
-        return by_format.get(source.format, "conversations")
+        return BY_FORMAT[source.format]
     damage: DataError | None = None
     for item in read_records(source):
         try:
-            columns = _renamed(item, source.columns).values.keys()
+            found = recognised(_renamed(item, source.columns).values)
         except DataError as error:
             damage = damage or error
             continue
-        if columns & {"chosen", "rejected"}:
-            return "preferences"
-        if "label" in columns:
-            return "labelled"
-        known = {name for table in CONVERSATIONS.values() for name in table} - {"prompt"}
-        return "prompts" if "prompt" in columns and not columns & known else "conversations"
-    raise damage or DataError(f"{_name(source)}: no rows")
+        return found[0] if found else "conversations"
+    raise damage or DataError(f"{source_name(source)}: no rows")
 
 
-def _conversation_adapter(source: PathData | HubData) -> Pick[Conversation]:
-    return _recognise(source, CONVERSATIONS, "chats to imitate")
+@dataclass(frozen=True)
+class _Read:
+    """What became of a record: a row, with its adapter's name and its columns, or an error."""
+
+    row: Any = None
+    format: str = ""
+    columns: tuple[str, ...] = ()
+    error: DataError | None = None
 
 
-def _prompt_adapter(source: PathData | HubData) -> Pick[PromptRow]:
-    adapt = _for_format(source, {"auto": prompt, "prompts": prompt}, "prompts")
-    return lambda record: adapt
-
-
-def _preference_adapter(source: PathData | HubData) -> Pick[PreferenceRow]:
-    adapt = _for_format(source, {"auto": preference, "preference": preference}, "preference pairs")
-    return lambda record: adapt
-
-
-def _labelled_adapter(source: PathData | HubData) -> Pick[tuple[LabelledRow, ...]]:
-    return _recognise(source, LABELLED, "labelled answers")
-
-
-def _recognise(source: PathData | HubData, tables: Mapping[str, dict[str, Adapter[Row]]], purpose: str) -> Pick[Row]:
-    """Return what chooses the adapter of a record: the first column that its format's table knows."""
-    known = {"auto": {name: adapt for table in tables.values() for name, adapt in table.items()}}
-    adapters = _for_format(source, {**known, **tables}, purpose)
-
-    def pick(record: Record) -> Adapter[Row]:
-        for name, adapt in adapters.items():
-            if name in record.values:
-                return adapt
-        found = ", ".join(record.values) or "none"
-        raise DataError(f"{record.where}: no known columns (found: {found}; known: {', '.join(adapters)})")
-
-    return pick
-
-
-def _name(source: PathData | HubData) -> str:
-    return str(source.path) if isinstance(source, PathData) else f"{source.hub}[{source.split}]"
-
-
-def _for_format(source: PathData | HubData, table: Mapping[str, Choice], purpose: str) -> Choice:
-    if source.format not in table:
-        raise RecipeError(f"{_name(source)}: format '{source.format}' does not hold {purpose} (use {', '.join(table)})")
-    return table[source.format]
-
-
-def _rows(source: PathData | HubData, pick: Pick[Row]) -> list[Row]:
-    """Return the rows up to the limit; skip few bad ones."""
-    rows: list[Row] = []
-    bad: list[DataError] = []
-    for row in _adapted(source, pick):
-        if source.limit is not None and len(rows) == source.limit:
-            break
-        if not isinstance(row, DataError):
-            rows.append(row)
+def _rows(source: PathData | HubData, purpose: Purpose) -> Iterator[Any]:
+    """Yield the rows up to the limit; skip few bad ones."""
+    rows = bad = 0
+    first: DataError | None = None
+    for item in _adapted(source, purpose):
+        if item.error is None:
+            rows += 1
+            yield item.row
+            if rows == source.limit:
+                break
             continue
-        bad.append(row)
-        if len(bad) > source.max_bad_rows:
-            raise _too_many(row, source.max_bad_rows) from row
+        bad, first = bad + 1, first or item.error
+        if bad > source.max_bad_rows:
+            raise _too_many(item.error, source.max_bad_rows) from item.error
     if not rows:
-        raise DataError(f"{_name(source)}: no rows" + (f" but bad ones, the first: {bad[0]}" if bad else ""))
+        raise DataError(f"{source_name(source)}: no rows" + (f" but bad ones, the first: {first}" if bad else ""))
     if bad:
-        log.warning("%s: skipped %d bad rows, read %d; the first: %s", _name(source), len(bad), len(rows), bad[0])
-    return rows
+        log.warning("%s: skipped %d bad rows, read %d; the first: %s", source_name(source), bad, rows, first)
 
 
-def _adapted(source: PathData | HubData, pick: Pick[Row]) -> Iterator[Row | DataError]:
-    """Yield every record as a row, or its error, with the adapter that `pick` chooses for the first readable one."""
-    adapt: Adapter[Row] | None = None
+def _adapted(source: PathData | HubData, purpose: Purpose) -> Iterator[_Read]:
+    """Yield what becomes of every record; the first one that makes a row decides the layout of all."""
+    fitting = layouts(source, purpose)
+    settled: Layout[Any] | None = None
     for item in read_records(source):
-        row: Row | DataError
+        layout = settled
         try:
             record = _renamed(item, source.columns)
-            adapt = adapt or pick(record)
-            row = adapt(record)
         except DataError as error:
-            row = error
-        yield row
+            yield _Read(error=error)
+            continue
+        try:
+            layout = layout or chosen_layout(record, fitting)
+            row = layout.adapt(record)
+        except MissingColumn as error:
+            yield _Read(error=DataError(f"{error}{advice(record, purpose, layout, settled is not None)}"))
+        except DataError as error:
+            yield _Read(error=error)
+        else:
+            settled = layout
+            yield _Read(row, layout.adapt.__name__, tuple(record.values))
 
 
 def _too_many(error: DataError, allowed: int) -> DataError:
@@ -192,6 +190,7 @@ def _renamed(item: Record | DataError, columns: dict[str, str]) -> Record:
         raise item
     for ours, theirs in columns.items():
         if theirs not in item.values:
-            raise DataError(f"{item.where}: column '{theirs}' missing (it is to be our '{ours}')")
+            found = ", ".join(item.values) or "none"
+            raise DataError(f"{item.where}: column '{theirs}' missing (it is to be our '{ours}'; found: {found})")
     kept = {name: value for name, value in item.values.items() if name not in columns.values()}
     return Record(item.where, item.number, kept | {ours: item.values[theirs] for ours, theirs in columns.items()})

@@ -28,6 +28,9 @@ class Record:
 
 Records = Iterator[Record | DataError]
 
+READ_ROWS, READ_BYTES = 64, 1 << 20
+"""Of a parquet file, what is read at once: rows, and bytes of a column."""
+
 
 def read_records(source: PathData | HubData) -> Records:
     """Yield the records of a jsonl, json, csv or parquet file or of a hub dataset, or their errors."""
@@ -91,12 +94,14 @@ def _csv_header(names: list[str], where: str) -> list[str]:
 
 
 def _parquet(path: Path) -> Records:
+    """Yield the rows, few of them in memory at a time however large the file or its row groups are."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        with pyarrow.parquet.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+            batches = file.iter_batches(batch_size=READ_ROWS, use_threads=False)
+            rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield Record(f"{path}:{number}", number, row)
     except pyarrow.ArrowException as error:

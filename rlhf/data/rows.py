@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
-"""One chat turn: `{"role": "system" | "user" | "assistant", "content": text}`."""
+"""One chat turn: `{"role": "system" | "user" | "assistant" | "tool", "content": text}`."""
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,13 @@ class PreferenceRow:
     chosen: str
     rejected: str
     margin: float
+    where: str
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text and the class it belongs to, by name or by number."""
+
+    text: str
+    label: str | int
     where: str

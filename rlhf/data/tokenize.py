@@ -5,11 +5,11 @@ Rows longer than the limit are errors: a cut answer has no end, and a cut prompt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, PromptRow
+from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, PromptRow, TextRow
 from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence, answered
 from rlhf.errors import DataError
 from rlhf.types import Prompt
@@ -18,17 +18,27 @@ if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
 
+def conversation_sequence(row: Conversation, tokenizer: ChatTokenizer, max_length: int) -> TokenSequence:
+    """Tokenise a chat, the assistant's tokens marked; DataError names a row that exceeds `max_length` tokens."""
+    with _place(row.where):
+        tokens, mask = tokenizer.conversation_ids(row.messages)
+        _check_length("conversation", len(tokens), max_length, "max_length")
+    return TokenSequence(tuple(tokens), tuple(mask))
+
+
 def conversation_sequences(
-    rows: Sequence[Conversation], tokenizer: ChatTokenizer, max_length: int
+    rows: Iterable[Conversation], tokenizer: ChatTokenizer, max_length: int
 ) -> list[TokenSequence]:
-    """Tokenise chats, the assistant's tokens marked; DataError names the row that exceeds `max_length` tokens."""
-    sequences = []
-    for row in rows:
-        with _place(row.where):
-            tokens, mask = tokenizer.conversation_ids(row.messages)
-            _check_length("conversation", len(tokens), max_length, "max_length")
-        sequences.append(TokenSequence(tuple(tokens), tuple(mask)))
-    return sequences
+    """Tokenise chats as `conversation_sequence` does."""
+    return [conversation_sequence(row, tokenizer, max_length) for row in rows]
+
+
+def text_sequence(row: TextRow, tokenizer: ChatTokenizer, max_length: int) -> TokenSequence:
+    """Tokenise a text as it stands, without a chat template and with nothing marked: its label is what is learned."""
+    with _place(row.where):
+        tokens = tokenizer.text_ids(row.text)
+        _check_length("text", len(tokens), max_length, "max_length")
+    return TokenSequence(tuple(tokens), (False,) * len(tokens))
 
 
 def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_prompt_tokens: int) -> list[Prompt]:
@@ -46,15 +56,17 @@ def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_pr
     return prompts
 
 
-def preference_sequences(rows: Sequence[PreferenceRow], tokenizer: ChatTokenizer, max_length: int) -> list[TokenPair]:
-    """Tokenise pairs, each answer ending with end-of-sequence; DataError on a side over `max_length` tokens."""
-    pairs = []
-    for row in rows:
-        with _place(row.where):
-            chosen = _answered("chosen", row.prompt, row.chosen, tokenizer, max_length)
-            rejected = _answered("rejected", row.prompt, row.rejected, tokenizer, max_length)
-        pairs.append(TokenPair(chosen, rejected, row.margin))
-    return pairs
+def preference_sequence(row: PreferenceRow, tokenizer: ChatTokenizer, max_length: int) -> TokenPair:
+    """Tokenise a pair, each answer ending with end-of-sequence; DataError on a side over `max_length` tokens."""
+    with _place(row.where):
+        chosen = _answered("chosen", row.prompt, row.chosen, tokenizer, max_length)
+        rejected = _answered("rejected", row.prompt, row.rejected, tokenizer, max_length)
+    return TokenPair(chosen, rejected, row.margin)
+
+
+def preference_sequences(rows: Iterable[PreferenceRow], tokenizer: ChatTokenizer, max_length: int) -> list[TokenPair]:
+    """Tokenise pairs as `preference_sequence` does."""
+    return [preference_sequence(row, tokenizer, max_length) for row in rows]
 
 
 def labelled_sequences(

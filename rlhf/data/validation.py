@@ -10,14 +10,30 @@ from rlhf.data.rows import Message
 from rlhf.data.strict_json import type_name
 from rlhf.errors import DataError
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""What files call who speaks (OpenAI's names, and those of ShareGPT and its kin) -> what chat templates call it."""
 FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class MissingColumn(DataError):
+    """A record lacks what its format needs, so perhaps it is of another one."""
 
 
 def column(record: Record, name: str) -> Any:
     """Return a column's value; it must be there and not null."""
     if name not in record.values:
-        raise DataError(f"{record.where}: column '{name}' missing")
+        raise MissingColumn(f"{record.where}: column '{name}' missing")
     if record.values[name] is None:
         raise DataError(f"{record.where}: column '{name}' is null")
     return record.values[name]
@@ -30,6 +46,28 @@ def text_column(record: Record, name: str) -> str:
         raise DataError(f"{record.where}: column '{name}' must be a string, not {type_name(value)}")
     if not value.strip():
         raise DataError(f"{record.where}: column '{name}' is empty")
+    return value
+
+
+def list_column(record: Record, name: str) -> list[Any]:
+    """Return a column that holds a list which is not empty."""
+    value = column(record, name)
+    if not isinstance(value, list):
+        raise DataError(f"{record.where}: column '{name}' must be a list, not {type_name(value)}")
+    if not value:
+        raise DataError(f"{record.where}: column '{name}' is empty")
+    return value
+
+
+def label_column(record: Record, name: str) -> str | int:
+    """Return a column that holds the name or the number of a class."""
+    value = column(record, name)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{record.where}: column '{name}' must be a string or an integer, not {type_name(value)}")
+    if isinstance(value, str) and not value.strip():
+        raise DataError(f"{record.where}: column '{name}' is empty")
+    if isinstance(value, str) and value != value.strip():
+        raise DataError(f"{record.where}: column '{name}': {value!r} begins or ends with white space")
     return value
 
 

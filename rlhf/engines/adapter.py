@@ -41,7 +41,7 @@ def adapter_settings(spec: RolloutSpec) -> dict[str, Any]:
     ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= spec.lora.r]
     if not ranks:
         raise RecipeError(
-            f"vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}, and lora.r is {spec.lora.r}: "
+            f"vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}, and tuning.r is {spec.lora.r}: "
             "use `roles.rollout.weights: merged`"
         )
     return {"enable_lora": True, "max_lora_rank": min(ranks), "max_loras": 1, "max_cpu_loras": 1}

@@ -10,29 +10,31 @@ from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import Offload, RoleName, RolloutRole, ZeroStage
+from rlhf.recipe.tuning_schema import Lora, Tuning
 from rlhf.types import Metrics, Rows
 
 B = TypeVar("B", bound=Rows)
 T = TypeVar("T")
 B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
+Kind = Literal["causal", "scalar", "classes"]
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
     """All that is needed to build a model in any process.
 
-    checkpoint is a Hugging Face folder; `kind` causal has a language-model head, scalar a score head.
-    `lora` None trains every weight; `optimizer` None freezes the model. `ranks` processes share every batch, and what
-    `zero_stage` says of the model's state.
+    checkpoint is a Hugging Face folder; `kind` causal has a language-model head, scalar a score head, classes one with
+    a row for each of `labels`. `tuning` says which weights train; None freezes the model, which has no `optimizer`
+    then. `ranks` processes share every batch, and what `zero_stage` says of the model's state.
     """
 
     role: RoleName
-    kind: Literal["causal", "scalar"]
+    kind: Kind
     checkpoint: Path
     dtype: Literal["bfloat16", "float32"]
-    lora: Lora | None
+    tuning: Tuning | None
     optimizer: Optimizer | None
     head_learning_rate: float | None
     max_tokens_per_microbatch: int
@@ -43,6 +45,7 @@ class LearnerSpec:
     zero_stage: ZeroStage = 2
     offload: Offload = "none"
     gradient_checkpointing: bool = False
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

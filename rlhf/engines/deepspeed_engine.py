@@ -26,7 +26,7 @@ from rlhf.engines.shares import filled
 from rlhf.engines.torch_engine import step_metrics
 from rlhf.engines.zero_config import Dtype, check_settings, zero_config
 from rlhf.models.flat_attention import runs_flat
-from rlhf.models.lora import trainable_parameters
+from rlhf.models.tuning import trainable_parameters
 from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import Offload, ZeroStage
 from rlhf.types import Metrics, Rows

@@ -1,19 +1,28 @@
-"""Environment variables that must be set before a library is imported; nothing is imported here."""
+"""Environment variables that must be set before a library is imported; nothing heavy is imported here."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def vllm_environment(threads: int, kv_cache_gib: int) -> dict[str, str]:
+from rlhf.recipe.engine_memory import engine_memory
+from rlhf.recipe.model_shape import read_shape
+
+if TYPE_CHECKING:
+    from rlhf.engines.base import RolloutSpec
+
+
+def vllm_environment(spec: RolloutSpec) -> dict[str, str]:
     """Return the environment of a process that runs vLLM, to be set before torch and vllm are imported.
 
     Engine inside the process (a synchronous LLM hangs when its engine process dies), threads not pinned to cores
     that other roles use too, KV cache of a fixed size on CPU, no hub, no telemetry, errors only on the console.
     """
+    cache = engine_memory(read_shape(spec.checkpoint), spec.dtype, spec.role, spec.max_length, None).room
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(cache >> 30),
+        "OMP_NUM_THREADS": str(spec.threads),
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.engines.base import B, LearnerSpec, Objective, TrainEngine
 from rlhf.engines.microbatch import rank_passes
@@ -21,22 +22,18 @@ from rlhf.engines.shares import Part, filled
 from rlhf.engines.state_files import StateFiles, write_state
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
+from rlhf.models.adapter import adapter_config, adapter_weights, save_adapter
+from rlhf.models.classifier import load_classifier
 from rlhf.models.flat_attention import runs_flat, use_flat_attention
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import (
-    adapter_config,
-    adapter_weights,
-    adapters_off,
-    add_lora,
-    leave_whole,
-    merged_weights,
-    trainable_parameters,
-    unwrapped,
-)
+from rlhf.models.merging import leave_whole, merged_weights
+from rlhf.models.quantised import keep_packing, quantisation
 from rlhf.models.recompute import recompute_activations
 from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tuning import adapters_off, apply_tuning, trainable_parameters, unwrapped
+from rlhf.recipe.tuning_support import support
 from rlhf.seeding import derive
 from rlhf.types import Metrics, Rows, TokenBatch
 
@@ -59,16 +56,14 @@ class ModelLearner:
         self.rank, ranks = position() if _wants_group(spec) else (0, 1)
         if ranks != spec.ranks:
             raise RuntimeError(f"{spec.role} is one of {spec.ranks} ranks, but {ranks} have joined")
-        if spec.kind == "causal":
-            model = load_causal(spec.checkpoint, spec.dtype)
-        else:
-            model = load_scalar(spec.checkpoint, spec.dtype, spec.seed)
-        use_flat_attention(model)
+        model = _loaded(spec)
+        if spec.tuning is None or support(spec.tuning).flat:
+            use_flat_attention(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if spec.lora and spec.optimizer:
-            model = add_lora(model, spec.lora, spec.kind, spec.seed)
-        elif not spec.optimizer:
+        if spec.tuning is None:
             model.requires_grad_(False)
+        else:
+            model = apply_tuning(model, spec.tuning, spec.seed)
         if spec.optimizer and spec.gradient_checkpointing:
             recompute_activations(model)
         self.model = model.eval()
@@ -163,6 +158,11 @@ class ModelLearner:
         with exchanging(f"{self.spec.role}.save"):
             save_merged(self.model, tokenizer, folder, self.spec.dtype, self._gathered, write=self.rank == 0)
 
+    def save_adapter(self, folder: Path) -> None:
+        """Let rank 0 write a PEFT folder of what was learned beside the model of the spec's checkpoint."""
+        with exchanging(f"{self.spec.role}.save_adapter"):
+            save_adapter(self._adapted(), folder, self.spec.checkpoint, self._gathered, write=self.rank == 0)
+
     def state_bytes(self) -> int:
         """Return how many bytes the states of all ranks take together."""
         parameters: Sequence[Any] = trainable_parameters(self.model)
@@ -235,8 +235,21 @@ class ModelLearner:
 
     def _adapted(self) -> PeftModel:
         if not isinstance(self.model, PeftModel):
-            raise RecipeError(f"{self.spec.role} trains all its weights, so it has no adapters; use `lora`")
+            raise RecipeError(f"{self.spec.role} trains weights of its own, so it has no adapters; use tuning: lora")
         return self.model
+
+
+def _loaded(spec: LearnerSpec) -> PreTrainedModel:
+    """Load the model that the spec describes, quantised where its tuning wants that."""
+    how = quantisation(spec.tuning, spec.dtype)
+    if spec.kind == "causal":
+        model = load_causal(spec.checkpoint, spec.dtype, **how)
+    elif spec.kind == "classes":
+        model = load_classifier(spec.checkpoint, spec.dtype, spec.labels, spec.seed, **how)
+    else:
+        model = load_scalar(spec.checkpoint, spec.dtype, spec.seed, **how)
+    keep_packing(model)
+    return model
 
 
 def _wants_deepspeed(spec: LearnerSpec) -> bool:

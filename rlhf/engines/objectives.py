@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from rlhf.algorithms.reward_model import bradley_terry_loss
-from rlhf.engines.scoring import response_logprobs, sequence_scores
+from rlhf.data.classes import ClassBatch
+from rlhf.engines.scoring import class_logits, response_logprobs, sequence_scores
 from rlhf.types import Metrics, PreferenceBatch, TokenBatch
 
 
@@ -40,3 +43,34 @@ class RewardModel:
         loss = bradley_terry_loss(chosen, rejected, batch.margins.to(scores)).sum()
         gap = (chosen - rejected).detach()
         return loss, Metrics.of(len(batch), loss=loss.detach(), accuracy=(gap > 0).sum(), margin=gap.sum())
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Cross-entropy over the classes, from the last real token; counts texts."""
+
+    def count(self, batch: ClassBatch) -> float:
+        """Return the number of texts."""
+        return float(len(batch))
+
+    def loss(self, model: nn.Module, batch: ClassBatch) -> tuple[Tensor, Metrics]:
+        """Return the sum of -log p(label)."""
+        logits = class_logits(model, batch.batch)
+        loss = cross_entropy(logits, batch.labels, reduction="sum")
+        hits = (logits.argmax(dim=1) == batch.labels).sum()
+        return loss, Metrics.of(len(batch), loss=loss.detach(), accuracy=hits)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts, not learned from: how many texts of each class the model takes for which one, as `true>taken`."""
+
+    def count(self, batch: ClassBatch) -> float:
+        """Return the number of texts."""
+        return float(len(batch))
+
+    def loss(self, model: nn.Module, batch: ClassBatch) -> tuple[Tensor, Metrics]:
+        """Return 0 and the sums of the texts by (class, class that the model gives the largest logit)."""
+        taken = class_logits(model, batch.batch).argmax(dim=1)
+        counts = Counter(zip(batch.labels.tolist(), taken.tolist(), strict=True))
+        return taken.new_zeros(()), Metrics({f"{true}>{found}": (n, 1) for (true, found), n in counts.items()})

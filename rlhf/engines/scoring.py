@@ -17,7 +17,9 @@ from rlhf.engines.shares import Part, filled
 from rlhf.models.flat import flatten
 from rlhf.models.flat_attention import runs_flat
 from rlhf.models.head import last_hidden, plain_head, vocabulary
+from rlhf.models.prompted import padded_inputs
 from rlhf.models.scalar import scalars
+from rlhf.models.tuning import unwrapped
 from rlhf.types import TokenBatch
 
 SHORT = 256
@@ -85,12 +87,8 @@ def _padded_logits(model: nn.Module, batch: TokenBatch, scored: Tensor) -> Tenso
     """Return the logits of the scored tokens, `[S, V]`; the columns that hold any go through the head."""
     columns = scored.any(dim=0).nonzero().flatten()
     with short_attention(batch):
-        out = model(
-            input_ids=batch.tokens,
-            attention_mask=batch.attention_mask.long(),
-            logits_to_keep=columns - 1,
-            use_cache=False,
-        )
+        inputs, before = padded_inputs(model, batch)
+        out = unwrapped(model)(**inputs, logits_to_keep=columns - 1 + before)
     return out.logits[scored[:, columns]]
 
 
@@ -114,14 +112,27 @@ def sequence_scores(model: nn.Module, batch: TokenBatch) -> Tensor:
     return _values(model, batch).gather(1, last_index(batch.attention_mask)[:, None]).squeeze(1)
 
 
+def class_logits(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return a classifier's logits at the last real token of each sequence, `[B, C]` float32, differentiable."""
+    rows, last = torch.arange(len(batch), device=batch.tokens.device), last_index(batch.attention_mask)
+    if runs_flat(model):
+        flat = flatten(batch)
+        states = last_hidden(model, flat.inputs())[0][flat.index[rows, last]]
+    else:
+        with short_attention(batch):
+            inputs, before = padded_inputs(model, batch)
+            states = last_hidden(model, inputs)[rows, before + last]
+    return unwrapped(model).score(states)
+
+
 def _values(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Return the scalar head at every position, `[B, T]`; what stands on padding means nothing."""
     if runs_flat(model):
         flat = flatten(batch)
         return scalars(model, flat.inputs())[0][flat.index]
     with short_attention(batch):
-        padded = {"input_ids": batch.tokens, "attention_mask": batch.attention_mask, "use_cache": False}
-        return scalars(model, padded)
+        inputs, before = padded_inputs(model, batch)
+        return scalars(model, inputs)[:, before:]
 
 
 def _place(values: Tensor, scored: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class VllmEngine:
         Raises:
             RecipeError: vLLM cannot run this model, or not with these settings, on this device.
         """
-        os.environ.update(vllm_environment(spec.threads, spec.role.kv_cache_gib))
+        os.environ.update(vllm_environment(spec))
         import torch
         from vllm import LLM
         from vllm.config import WeightTransferConfig

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.models.flat import FlatBatch, Segment
-from rlhf.models.lora import unwrapped
+from rlhf.models.tuning import unwrapped
 
 NAME = "rlhf_flat"
 SHORT = {torch.bfloat16: 1024, torch.float32: 512}
@@ -139,13 +139,16 @@ class _Products(torch.autograd.Function):
     ) -> Tensor:
         """Map q `[N, heads, size]` and k, v `[N, key heads, size]` to `[N, heads, size of v]`."""
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        weights = []
+        learns = any(ctx.needs_input_grad)
+        kept = []
         for segment in segments:
             queries, keys, values = _queries(q, segment, k.shape[1]), _keys(k, segment), _keys(v, segment)
             scores = torch.baddbmm(masks.of(segment), queries, keys.transpose(1, 2), alpha=scale)
-            weights.append(scores.softmax(-1))
-            _put_queries(out, segment, torch.bmm(weights[-1], values))
-        ctx.save_for_backward(q, k, v, *weights)
+            weights = scores.softmax(-1)
+            _put_queries(out, segment, torch.bmm(weights, values))
+            if learns:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.segments = scale, segments
         return out
 

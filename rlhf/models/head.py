@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models.lora import unwrapped
+from rlhf.models.tuning import unwrapped
 
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 

@@ -91,14 +91,14 @@ def _with_template(folder: Path, template: Path, cache: Path) -> Path:
     return build_once(cache, f"{folder.name}-{template.stem}", f"{folder}\n{stamps}\n{text}", link)
 
 
-def load_causal(folder: Path, dtype: str) -> PreTrainedModel:
-    """Load a causal language model from safetensors in `dtype`, in evaluation mode.
+def load_causal(folder: Path, dtype: str, **how: Any) -> PreTrainedModel:
+    """Load a causal language model from safetensors in `dtype`, in evaluation mode; `how` is for `from_pretrained`.
 
     Raises RecipeError when the folder lacks any of its weights.
     """
     from transformers import AutoModelForCausalLM
 
-    model, missing = load_weights(AutoModelForCausalLM, folder, dtype)
+    model, missing = load_weights(AutoModelForCausalLM, folder, dtype, **how)
     if missing:
         raise RecipeError(f"{folder} lacks weights of its model: {', '.join(sorted(missing)[:5])}")
     return model

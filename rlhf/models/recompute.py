@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from rlhf.models.lora import unwrapped
+from rlhf.models.tuning import unwrapped
 
 KERNELS = {
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,

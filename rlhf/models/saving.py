@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.lora import Gathered, leave_whole, merged_weights, unwrapped
+from rlhf.models.merging import Gathered, leave_whole, merged_weights
 from rlhf.models.tokenizer import ChatTokenizer
+from rlhf.models.tuning import unwrapped
 
 DType = Literal["bfloat16", "float32"]
 

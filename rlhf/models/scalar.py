@@ -15,28 +15,28 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.loading import load_weights
-from rlhf.models.lora import unwrapped
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tuning import unwrapped
 
 
 class ScalarHead(nn.Linear):
     """A linear head whose product is float32 whatever its dtype: bfloat16 keeps three digits, scores need more."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden states `[..., H]` to float32 `[..., 1]`."""
+        """Map hidden states `[..., H]` to float32 `[..., outputs]`."""
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), self.weight.float())
 
 
-def load_scalar(folder: Path, dtype: str, seed: int) -> PreTrainedModel:
-    """Load a folder as a sequence classifier with one label, in evaluation mode.
+def load_scalar(folder: Path, dtype: str, seed: int, **how: Any) -> PreTrainedModel:
+    """Load a folder as a sequence classifier with one label, in evaluation mode; `how` is for `from_pretrained`.
 
     A saved reward model keeps its head. On a language model a fresh `score` head is drawn from
     N(0, 1/H) by `seed` (Stiennon et al. 2020, appendix B: standard deviation 1 / sqrt(H + 1)). The config has
     `rlhf_score_offset`, subtracted from the head's output, and the pad token that plain transformers needs to
     find the last real token. Raises RecipeError when the architecture has no linear `score` head.
     """
-    model, missing = load_weights(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
+    model, missing = load_weights(AutoModelForSequenceClassification, folder, dtype, num_labels=1, **how)
     if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.bias is not None:
         raise RecipeError(f"{folder}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
     if missing - {"score.weight"}:

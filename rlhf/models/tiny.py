@@ -32,22 +32,25 @@ def build_tiny(
     heads: int = 2,
     kv_heads: int = 1,
     tied: bool = True,
+    vocabulary: int | None = None,
+    positions: int = 512,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write a random Llama, by default of about 91k weights, with its tokenizer to `folder` and return it.
 
     Heads are `hidden // heads` wide; 32 is the least that vLLM runs on CPU. `tied`: the output layer is the
-    embedding. At most 512 positions. The same arguments give the same weights.
+    embedding. A `vocabulary` above the tokenizer's leaves entries that no text has. The same arguments give the same
+    weights.
     """
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         pad_token_id=PAD,
         bos_token_id=BEGIN,

@@ -60,6 +60,10 @@ class ChatTokenizer:
             mask += [assistant] * len(piece)
         return ids, mask
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a plain text, with the special tokens that the tokenizer itself puts around one."""
+        return self.hf(text)["input_ids"]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -48,10 +48,9 @@ def kept(model: Model, work: Pass, on_gpu: bool) -> float:
     a gated MLP keeps four tensors.
     """
     shape, size = model.shape, model.size
-    full = model.lora is None
-    norms = 2 * FLOAT * (shape.hidden + 1) + (2 * size * shape.hidden if full else 0)
+    norms = 2 * FLOAT * (shape.hidden + 1) + (2 * size * shape.hidden if model.full else 0)
     inputs = size * (2 * shape.hidden + shape.q_width)
-    adapters = size * shape.lora_width(model.lora) if model.lora else 0
+    adapters = size * model.lora_width
     return work.tokens * (norms + inputs + adapters + _attention(model, work, on_gpu) + 4 * size * shape.intermediate)
 
 
@@ -67,9 +66,7 @@ def forward(model: Model, work: Pass, on_gpu: bool) -> float:
     """Return the bytes that are alive at once in one layer when no gradient is wanted."""
     shape, size = model.shape, model.size
     mlp = size * (3 * shape.hidden + 3 * shape.intermediate)
-    attention: float = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
-    if materialised(model, work, on_gpu):  # all of a layer's weights, until its last segment is done
-        attention += size * shape.heads * _seen(work)
+    attention = size * (2 * shape.hidden + 4 * shape.q_width + 2 * shape.kv_width)
     return work.tokens * max(mlp, attention) + _one_sequence(model, work, on_gpu)
 
 
@@ -84,7 +81,7 @@ def logits(model: Model, work: Pass, training: bool, on_gpu: bool = False) -> in
         return 0
     if work.scored * model.shape.vocabulary >= LARGE:
         all_of_them = model.size * work.scored * model.shape.vocabulary
-        learns = training and model.lora is None
+        learns = training and model.full
         part = 3 * GPU_PART if on_gpu else PART  # with their float32 copy and its softmax, as large there
         return min(part, all_of_them) if not learns or all_of_them > KEPT else all_of_them
     forward = model.size + FLOAT + (FLOAT if model.size < FLOAT else 0)

@@ -132,15 +132,6 @@ class Budget(Strict):
     accelerator_seconds: Positive | None = Field(None, description="seconds times GPUs, or times CPU cores without")
 
 
-class Lora(Strict):
-    """Low-rank adapters; the base weights stay frozen (Hu et al. 2021)."""
-
-    r: PositiveInt = 16
-    alpha: Positive = 32
-    dropout: Fraction = 0.0
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-
-
 class Optimizer(Strict):
     """AdamW and its learning-rate schedule, for one model."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from rlhf.recipe.base import DataSource, Judge, LlmJudge, ModelJudge, StageData
 from rlhf.recipe.check_roles import check_roles
+from rlhf.recipe.check_tuning import check_tuning
 from rlhf.recipe.messages import Finding, Loc, near
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage, PolicyGradientStage, ReinforceStage
 from rlhf.recipe.preference_schema import PreferenceStage
@@ -44,7 +45,8 @@ def check_references(recipe: Recipe) -> list[Finding]:
                 findings.append(((*loc, *where), problem))
         findings += [((*loc, *where), text) for where, text in _own_numbers(stage)]
         earlier.setdefault(stage.name, stage.kind)
-    return findings
+    users = {name: stage.name for stage in reversed(recipe.stages) for _, name, _ in _references(stage)}
+    return [*findings, *check_tuning(recipe, users)]
 
 
 def _references(stage: Stage) -> Iterator[tuple[Loc, str, tuple[str, ...]]]:
@@ -141,6 +143,8 @@ def _own_numbers(stage: Stage) -> Iterator[tuple[Loc, str]]:
             yield ("target_kl",), "an adaptive kl_coef scales from where it starts, so kl_coef must be above 0"
         if stage.overlong and stage.overlong.buffer > stage.max_response_tokens:
             yield ("overlong", "buffer"), f"must be at most max_response_tokens = {stage.max_response_tokens}"
+    if isinstance(stage, SynthesizeStage) and stage.max_words < stage.min_words:
+        yield ("max_words",), f"must be at least min_words = {stage.min_words}, got {stage.max_words}"
     if isinstance(stage, CompareStage):
         if stage.baseline not in stage.candidates:
             hint = near(stage.baseline, stage.candidates)

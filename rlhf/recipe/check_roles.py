@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from rlhf.recipe.messages import Finding
-from rlhf.recipe.online_schema import OnlineStage, PolicyGradientStage
+from rlhf.recipe.online_schema import PolicyGradientStage
 from rlhf.recipe.role_schema import ModelRole, Role, RoleName, RolloutRole, TrainedRole
 from rlhf.recipe.schema import Recipe
 
@@ -29,11 +29,6 @@ def check_roles(recipe: Recipe) -> Iterator[Finding]:
             if isinstance(stage, PolicyGradientStage) and stage.staleness:
                 why = "the engine takes turns with the policy on its devices (roles.rollout.share: policy)"
                 yield ("stages", index, "staleness"), f"cannot generate while it learns: {why}; set staleness: 0"
-    adapted = [stage for stage in recipe.stages if isinstance(stage, OnlineStage)]
-    full = [stage.name for stage in adapted if (stage.lora or recipe.lora) == "full"]
-    if recipe.roles.rollout.weights == "adapter" and full:
-        why = f"stage {full[0]!r} trains all weights, so there is no adapter to send; use weights: merged"
-        yield ("roles", "rollout", "weights"), why
 
 
 def _amounts(name: RoleName, role: Role) -> Iterator[tuple[str, str]]:

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from rlhf.recipe.base import Budget, DataSource, HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
-from rlhf.recipe.resources import adapters, processes
+from rlhf.recipe.resources import processes
 from rlhf.recipe.schedule import row_count
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import (
+    AnnotateStage,
+    ClassifyStage,
+    CompareStage,
+    RewardStage,
+    SftStage,
+    Stage,
+    SynthesizeStage,
+)
+from rlhf.recipe.tuning_schema import Full
 
 BYTES_PER_TOKEN = 6  # of a jsonl line, its keys and quotes included
 FILLED = 0.7  # of max_response_tokens, in the mean
+DRAWS = 2  # instructions drawn for each that is kept
 TRAINING, SCORING, GENERATING = 0.4, 0.5, 0.2  # shares of the matrix-product rate that each kind of pass reaches
 PROCESS_S, STAGE_S = 12.0, 5.0
 PROBE_SIZE = 1024
@@ -42,7 +52,7 @@ def estimate_seconds(recipe: Recipe, parameters: int, rate: float) -> float | No
             return None
         if recipe.budget and isinstance(stage, OnlineStage | PreferenceStage):
             work = _within(recipe.budget, work)
-        passes = 4 if adapters(recipe, getattr(stage, "lora", None)) else 6
+        passes = 6 if isinstance(getattr(stage, "tuning", None) or recipe.tuning, Full) else 4
         terms = ((work.trained, passes, TRAINING), (work.scored, 2, SCORING), (work.generated, 2, GENERATING))
         seconds += STAGE_S + sum(tokens * cost * parameters / (rate * share) for tokens, cost, share in terms)
     return seconds
@@ -58,10 +68,17 @@ def _within(budget: Budget, work: Work) -> Work:
 def stage_work(recipe: Recipe, stage: Stage) -> Work | None:
     """Return the tokens of a stage, estimated from the sizes of its files."""
     match stage:
+        case SynthesizeStage():
+            requests = DRAWS * stage.count
+            written = stage.count * (1 + DRAWS) * FILLED * stage.max_response_tokens
+            return Work(0, requests * FILLED * stage.max_prompt_tokens, written)
         case SftStage():
             tokens = _data_tokens(recipe, stage.data)
             share = 0.5 if isinstance(stage.data, StageData) else 1.0  # the best sample, one side of the pair
             return None if tokens is None else Work(trained=share * tokens * stage.epochs)
+        case ClassifyStage():
+            tokens = _file_tokens(stage.data)
+            return None if tokens is None else Work(tokens * stage.epochs, tokens * stage.heldout_fraction)
         case KtoStage():  # the reference scores the mismatches too, and the policy in every epoch
             tokens = _data_tokens(recipe, stage.data)
             return None if tokens is None else Work(tokens * stage.epochs, tokens * (2 + stage.epochs))
@@ -94,10 +111,15 @@ def _online_work(stage: OnlineStage) -> Work | None:
 
 
 def _data_tokens(recipe: Recipe, data: DataSource) -> float | None:
-    """Return the tokens of a file's rows, or of both sides of the pairs that an annotate stage may yield."""
+    """Return the tokens of a file's rows, or of both sides of the pairs that an annotate stage may yield.
+
+    Of a synthesize stage they are twice those of its chats: `stage_work` halves what `sft` reads from a stage.
+    """
     if not isinstance(data, StageData):
         return _file_tokens(data)
     source = next(other for other in recipe.stages if other.name == data.stage)
+    if isinstance(source, SynthesizeStage):
+        return 2 * source.count * (1 + FILLED) * source.max_response_tokens
     assert isinstance(source, AnnotateStage)
     tokens = _file_tokens(source.prompts)
     if tokens is None:

@@ -31,13 +31,21 @@ class EngineMemory:
     least: int
 
 
+def cache_gib(needed: int) -> int:
+    """Return the whole GiB that a KV cache on the CPU gets for `needed` bytes: at most an eighth of main memory."""
+    import psutil
+
+    return max(1, min(-(-needed // 2**30), psutil.virtual_memory().total // 8 >> 30))
+
+
 def engine_memory(
     shape: ModelShape, dtype: Dtype, role: RolloutRole, length: int, device: Device | None
 ) -> EngineMemory:
     """Estimate a replica that generates sequences of `length` tokens; `device` None is the CPU.
 
     vLLM on a GPU takes `gpu_memory_utilization` of the device and gives the KV cache what weights, activations and
-    CUDA graphs leave of it; on the CPU it reserves `kv_cache_gib`. transformers takes what its sequences need.
+    CUDA graphs leave of it; on the CPU it reserves `kv_cache_gib`, or `cache_gib`. transformers takes what its
+    sequences need.
     """
     size, cut = BYTES[dtype], role.tensor_parallel
     weights = shape.parameters * size // cut
@@ -51,7 +59,7 @@ def engine_memory(
         awake = Memory(weights=weights, logits=logits, kv_cache=needed, buffers=context)
         return EngineMemory(awake, loaded, asleep, needed, needed, length * token)
     if device is None:
-        room = role.kv_cache_gib << 30
+        room = (role.kv_cache_gib or cache_gib(needed)) << 30
         awake = Memory(weights=weights, logits=logits, kv_cache=room)
         return EngineMemory(awake, Memory(weights=weights), asleep, room, needed, length * token)
     passes = BATCHED_TOKENS * size * (3 * shape.hidden + 3 * shape.intermediate // cut)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf.recipe.check_roles import check_roles
+from rlhf.recipe.check_tuning import check_tuning
 from rlhf.recipe.devices import Device
 from rlhf.recipe.engine_memory import EngineMemory
+from rlhf.recipe.messages import Finding
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.recipe.phases import Phase, RoleMemory, stage_memory, stage_phases
 from rlhf.recipe.placement import place
@@ -104,7 +106,7 @@ def _ranked(recipe: Recipe, shapes: Shapes, device: Device) -> list[tuple[str, R
     now = check_memory(recipe, shapes, device)
     ranked = []
     for order, (text, changed) in enumerate(_changes(recipe, now)):
-        if list(check_roles(changed)) != list(check_roles(recipe)):
+        if _findings(changed) != _findings(recipe):
             continue
         then = check_memory(changed, shapes, device)
         saved = (now.peak.over if now.peak else 0) - (then.peak.over if then.peak else 0)
@@ -114,6 +116,10 @@ def _ranked(recipe: Recipe, shapes: Shapes, device: Device) -> list[tuple[str, R
             ranked.append((1, -saved, text, changed))
     found = sorted(ranked, key=lambda change: change[:2])
     return [(text, changed, not late) for late, _, text, changed in found]
+
+
+def _findings(recipe: Recipe) -> list[Finding]:
+    return [*check_roles(recipe), *check_tuning(recipe, {})]
 
 
 def with_role(recipe: Recipe, name: RoleName, **keys: object) -> Recipe:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from rlhf.recipe.activations import FLOAT, Pass
 from rlhf.recipe.model_shape import Model
+from rlhf.recipe.tuning_schema import AnyLora
 
 FREED = {4: 0.45, 2: 0.22}
 """By bytes of a weight: the share of the forward pass's temporaries that is lost between what autograd keeps."""
@@ -49,9 +50,9 @@ def _freed(model: Model, work: Pass) -> float:
     """
     shape, size = model.shape, model.size
     q_width, kv_width = shape.q_width, shape.kv_width
-    freed: float = FLOAT * shape.hidden * (4 if size < FLOAT or model.lora else 2)
+    freed: float = FLOAT * shape.hidden * (4 if size < FLOAT or not model.full else 2)
     freed += size * (4 * q_width + 5 * kv_width + 2 * shape.hidden)
-    if model.lora:
-        targets = shape.lora_width(model.lora) / (7 * model.lora.r)
+    if isinstance(model.tuning, AnyLora):
+        targets = model.lora_width / (7 * model.tuning.r)
         freed += 3 * size * targets * (q_width + 2 * kv_width + 2 * shape.hidden + 2 * shape.intermediate)
     return freed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from rlhf.recipe.activations import FLOAT, Pass, backward, forward, kept, logits
 from rlhf.recipe.heap import learning_slack, scoring_slack
 from rlhf.recipe.model_shape import Model
 from rlhf.recipe.role_schema import Offload, ZeroStage
+from rlhf.recipe.tuning_schema import Qlora
 
 CONTEXT = 600 << 20
 """What CUDA's context and loaded kernels take of a GPU, for each process on it, roughly."""
@@ -81,8 +83,9 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
     end of the backward pass, when all gradients are; or in the optimizer's step. With checkpointing each layer keeps
     its input alone, and one layer at a time is computed again. Not covered: the libraries and CUDA's context.
     """
-    host, optimizer, gathered = 0, _optimizer(model, cut), _gathered(model, cut)
-    weights = model.parameters * model.size // cut.share(3)
+    host, optimizer, gathered = 0, _optimizer(model, cut), _gathered(model, cut) + _unpacked(model)
+    work = _with_prompts(model, work)
+    weights = model.weight_bytes // cut.share(3)
     if cut.offload != "none":
         host, optimizer = optimizer, 0
     if cut.offload == "parameters" and cut.zero_stage == 3:
@@ -108,14 +111,14 @@ def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
     """Return what learning takes beside weights and optimizer: at the loss, after the backward pass, in the step."""
     layer = kept(model, work, on_gpu)
     entered = model.size * work.tokens * model.shape.hidden
-    layers = model.shape.layers * (entered if cut.checkpointing else layer)
+    layers = model.learning_layers * (entered if cut.checkpointing else layer)
     again = layer if cut.checkpointing else 0
     late = backward(model, work, on_gpu)
     at_loss = logits(model, work, True, on_gpu)
     summed = FLOAT * model.trainable // cut.share(2)
     # From stage 2 on a gradient is reduced and let go as soon as a bucket is full.
     fresh = model.size * (min(model.trainable, LARGEST_BUCKET) if cut.share(2) > 1 else model.trainable)
-    table = 0 if model.lora or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
+    table = 0 if not model.full or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
     waiting = summed if work.passes > 1 else 0
     bucket = 0 if cut.ranks == 1 else FLOAT * min(model.trainable, LARGEST_BUCKET)
     return [
@@ -134,6 +137,21 @@ def _optimizer(model: Model, cut: Cut) -> int:
     """Return the bytes of float32 masters and two moments; at stage 0 DeepSpeed steps the weights themselves."""
     masters = 0 if cut.zero_stage == 0 and cut.ranks > 1 else FLOAT
     return (masters + 2 * FLOAT) * model.trainable // cut.share(1)
+
+
+def _unpacked(model: Model) -> int:
+    """Return the bytes of the largest layer that QLoRA keeps in 4 bits, as it is multiplied with."""
+    if not isinstance(model.tuning, Qlora):
+        return 0
+    return model.size * max((inputs * outputs for inputs, outputs in model.shape.linears.values()), default=0)
+
+
+def _with_prompts(model: Model, work: Pass) -> Pass:
+    """Return the micro-batch with the learned tokens that stand before each of its rows."""
+    if not model.virtual_tokens:
+        return work
+    width = work.width + model.virtual_tokens
+    return replace(work, tokens=math.ceil(work.tokens / work.width) * width, width=width)
 
 
 def _gathered(model: Model, cut: Cut) -> int:

@@ -35,6 +35,9 @@ EXPECTED = {
     "model_attributes_type": "a mapping of keys",
 }
 
+RENAMED: dict[str | int, str] = {"lora": "tuning", "critic_lora": "critic_tuning"}
+"""Keys of earlier versions, and what they are called now."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -160,6 +163,9 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
     place, error = group[0]
     loc, context = place.loc, error.get("ctx", {})
     match error["type"]:
+        case "extra_forbidden" if loc[-1] in RENAMED:
+            method = "full" if error["input"] == "full" else "lora, r: 8"
+            return Problem(loc, f"unknown key (write {RENAMED[loc[-1]]}: {{kind: {method}}})", "key")
         case "extra_forbidden":
             return Problem(loc, "unknown key" + near(str(loc[-1]), place.keys), "key")
         case "missing":
@@ -176,6 +182,8 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
             return Problem((*loc, context["tag"]), f"not possible here, use one of {context['expected_tags']}", "key")
     wanted = " or ".join(_expected(error, place.field) for place, error in group)
     hint = near(error["input"], re.findall(r"'(.*?)'", wanted)) if isinstance(error["input"], str) else ""
+    if _names_kind(error, place.field):
+        hint = f" (write {{kind: {error['input']}}})"
     about: Literal["key", "value"] = "key" if _is_key(error) else "value"
     return Problem(loc, f"must be {wanted}, got {_shown(error['input'])}{hint}", about)
 
@@ -183,6 +191,14 @@ def _problem(group: Sequence[tuple[_Place, ErrorDetails]]) -> Problem:
 def _is_key(error: ErrorDetails) -> bool:
     """Return whether the key itself is wrong, of a mapping whose keys are free."""
     return error["loc"][-1:] == ("[key]",)
+
+
+def _names_kind(error: ErrorDetails, field: FieldInfo | None) -> bool:
+    """Return whether a section that has kinds is written as the bare name of one of them."""
+    if field is None or error["type"] != "dict_type":
+        return False
+    sections = [kind for kind in _members(field.annotation) if "kind" in getattr(_bare(kind), "model_fields", ())]
+    return isinstance(error["input"], str) and any(error["input"] in _labels(kind) for kind in sections)
 
 
 def _unknown(section: object, field: FieldInfo | None) -> list[str]:

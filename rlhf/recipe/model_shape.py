@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from rlhf.recipe.base import Lora
+from rlhf.recipe.tuned_sizes import added, chosen, layer_numbers, packed_bytes, quantised, targets
+from rlhf.recipe.tuning_schema import AnyLora, Full, Layers, Prompted, Qlora, Tuning
 
 Dtype = Literal["bfloat16", "float32"]
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
@@ -17,8 +18,9 @@ class ModelShape:
     """A decoder-only transformer.
 
     `lm_head` counts parameters of an output layer that is not tied to the embeddings; `linears` maps the name of each
-    linear layer to (inputs + outputs), what one rank of LoRA costs there; `q_width` and `kv_width` are the widths of
-    the queries and of the keys of one token in one layer.
+    linear layer to its (inputs, outputs); `q_width` and `kv_width` are the widths of the queries and of the keys of
+    one token in one layer. `biases` and `last_norm` count parameters, `layer_sizes` those of each layer;
+    `kind` is the architecture in transformers' words.
     """
 
     parameters: int
@@ -30,29 +32,24 @@ class ModelShape:
     q_width: int
     kv_width: int
     vocabulary: int
-    linears: dict[str, int]
-
-    def lora_parameters(self, lora: Lora) -> int:
-        """Return the parameters that adapters add: r * (inputs + outputs) for each target layer (Hu et al. 2021)."""
-        return lora.r * sum(width for name, width in self.linears.items() if _is_target(name, lora))
-
-    def lora_width(self, lora: Lora) -> float:
-        """Return the width of what the adapters of one layer hand from A to B, all targets together."""
-        return lora.r * sum(_is_target(name, lora) for name in self.linears) / self.layers
+    linears: dict[str, tuple[int, int]]
+    biases: int
+    layer_sizes: tuple[int, ...]
+    last_norm: int
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Model:
     """A copy of the model in some role: `scalar` puts a score head in place of the language-model head.
 
-    `trained` False freezes it; otherwise `lora` None trains every weight, and adapters train with the score head.
+    `tuning` says what of it trains, the score head beside that; None freezes it.
     """
 
     shape: ModelShape
     dtype: Dtype
     scalar: bool
-    trained: bool
-    lora: Lora | None
+    tuning: Tuning | None
 
     @property
     def size(self) -> int:
@@ -60,19 +57,59 @@ class Model:
         return BYTES[self.dtype]
 
     @property
+    def trained(self) -> bool:
+        """Whether anything of it is trained."""
+        return self.tuning is not None
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained."""
+        return isinstance(self.tuning, Full)
+
+    @property
+    def lora_width(self) -> float:
+        """The width of what the low-rank adapters of one layer hand from A to B, all targets together."""
+        if not isinstance(self.tuning, AnyLora):
+            return 0
+        return self.tuning.r * len(targets(self.shape, self.tuning)) / self.shape.layers
+
+    @property
+    def body(self) -> int:
+        """The parameters of the model itself, without what tuning adds."""
+        whole = self.shape.parameters
+        return whole - self.shape.lm_head + self.shape.hidden if self.scalar else whole
+
+    @property
     def parameters(self) -> int:
-        """All parameters, adapters included."""
-        body = self.shape.parameters - self.shape.lm_head + self.shape.hidden if self.scalar else self.shape.parameters
-        return body + (self.shape.lora_parameters(self.lora) if self.trained and self.lora else 0)
+        """All parameters, with what tuning adds."""
+        return self.body + (added(self.shape, self.tuning) if self.tuning else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters: those of linear layers that QLoRA quantises take half a byte and a scale."""
+        packed = quantised(self.shape, self.tuning) if self.tuning else 0
+        each = packed_bytes(self.tuning) if isinstance(self.tuning, Qlora) else 0.0
+        return self.size * (self.parameters - packed) + int(each * packed)
 
     @property
     def trainable(self) -> int:
         """The parameters that the optimizer changes."""
-        if not self.trained:
+        if self.tuning is None:
             return 0
-        if self.lora is None:
-            return self.parameters
-        return self.shape.lora_parameters(self.lora) + (self.shape.hidden if self.scalar else 0)
+        head = self.shape.hidden if self.scalar and not self.full else 0
+        return chosen(self.shape, self.tuning, self.body) + head
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many learned tokens stand before each row."""
+        return self.tuning.virtual_tokens if isinstance(self.tuning, Prompted) else 0
+
+    @property
+    def learning_layers(self) -> int:
+        """How many layers the gradient passes through: those above the lowest that learns."""
+        if not isinstance(self.tuning, Layers):
+            return self.shape.layers
+        return self.shape.layers - min(layer_numbers(self.tuning, self.shape.layers))
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -82,6 +119,7 @@ def read_shape(folder: Path) -> ModelShape:
     from transformers.pytorch_utils import Conv1D
 
     from rlhf.models.folder import loading
+    from rlhf.models.layers import decoder_layers, last_norms
 
     with loading(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -102,14 +140,16 @@ def read_shape(folder: Path) -> ModelShape:
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
         vocabulary=text.vocab_size,
         linears={
-            name: sum(module.weight.shape)
+            name: tuple(module.weight.shape[:: 1 if isinstance(module, Conv1D) else -1])
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
         },
+        biases=sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias")),
+        layer_sizes=tuple(_size(layer) for layer in decoder_layers(model)),
+        last_norm=sum(_size(norm) for norm in last_norms(model)),
+        kind=text.model_type,
     )
 
 
-def _is_target(name: str, lora: Lora) -> bool:
-    if lora.target_modules == "all-linear":
-        return True
-    return any(name == target or name.endswith(f".{target}") for target in lora.target_modules)
+def _size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from rlhf.recipe.base import FileData, Fraction, FunctionJudge, Judge, Lora, Optimizer, Positive, Strict
+from rlhf.recipe.base import FileData, Fraction, FunctionJudge, Judge, Optimizer, Positive, Strict
 from rlhf.recipe.stage_base import StageBase
+from rlhf.recipe.tuning_schema import Tuning
 
 Aggregation = Annotated[
     Literal["token", "sequence", "constant"],
@@ -53,7 +54,7 @@ class OnlineStage(StageBase):
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 256
     temperature: Positive = 1.0
-    lora: Lora | Literal["full"] | None = None
+    tuning: Tuning | None = None
     optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
     score_clip: Positive = Field(
         5.0, description="scores are clipped to [-score_clip, score_clip] (a reward model's have sd 1)"
@@ -126,7 +127,7 @@ class PpoStage(PolicyGradientStage):
 
     kind: Literal["ppo"]
     epochs: PositiveInt = Field(2, description="passes over each step's experience")
-    critic_lora: Lora | Literal["full"] | None = None
+    critic_tuning: Tuning | None = None
     critic_optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
     value_clip_range: Positive = 0.2
     gamma: Fraction = 1.0

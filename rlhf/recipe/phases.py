@@ -15,7 +15,7 @@ from rlhf.recipe.memory import CONTEXT, Cut, LearnerMemory, Memory, learner_memo
 from rlhf.recipe.model_shape import Model, ModelShape
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.resources import Wanted, adapters, wanted
+from rlhf.recipe.resources import Wanted, wanted
 from rlhf.recipe.role_schema import ModelRole, RoleName, RolloutRole, TrainedRole
 from rlhf.recipe.schedule import longest, microbatch_tokens, row_tokens, step_rows
 from rlhf.recipe.schema import Recipe
@@ -26,6 +26,7 @@ from rlhf.recipe.stage_schema import (
     RewardStage,
     SftStage,
     Stage,
+    SynthesizeStage,
     judges,
 )
 
@@ -57,6 +58,8 @@ def stage_phases(stage: Stage) -> tuple[Phase, ...]:
             return PHASES
         case AnnotateStage() | CompareStage():
             return ("generate", "score")
+        case SynthesizeStage():
+            return ("generate",)
         case SftStage():
             return ("learn",)
         case _:
@@ -118,9 +121,10 @@ def role_model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) 
             trained = role in ("policy", "critic")
         case _:
             trained = isinstance(stage, RewardStage) and role == "reward"
-    chosen = stage.critic_lora if isinstance(stage, PpoStage) and role == "critic" else getattr(stage, "lora", None)
-    scalar = role in ("reward", "critic")
-    return Model(shape, recipe.model.dtype, scalar, trained, adapters(recipe, chosen) if trained else None)
+    critic = isinstance(stage, PpoStage) and role == "critic"
+    chosen = stage.critic_tuning if critic else getattr(stage, "tuning", None)
+    scalar = role in ("reward", "critic") or isinstance(stage, ClassifyStage)  # one row for each label, counted as one
+    return Model(shape, recipe.model.dtype, scalar, chosen or recipe.tuning if trained else None)
 
 
 def _judge(stage: Stage) -> LlmJudge:

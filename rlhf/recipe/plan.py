@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from rlhf.recipe.base import LlmJudge
+from rlhf.recipe.check_tuning import check_model
 from rlhf.recipe.devices import Device
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
 from rlhf.recipe.fit import Fit, Shapes, check_memory, remedies
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory
-from rlhf.recipe.model_shape import ModelShape, read_shape
+from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.phases import Phase, stage_memory
 from rlhf.recipe.resources import Resources, processes, reference_in_policy, threads, wanted
@@ -23,13 +24,14 @@ from rlhf.recipe.seeds import expand_seeds, method
 from rlhf.recipe.smallest import Smallest, smallest
 from rlhf.recipe.stage_schema import Stage, judges
 from rlhf.recipe.step_time import OnlineStep, StepWork, online_step, step_work
+from rlhf.recipe.tuning_schema import Lora
 
 
 @dataclass(frozen=True)
 class RolePlan:
     """A role in one stage; memory by phase is of each of its `processes`, of an engine on each of its GPUs.
 
-    `peak` is the phase in which it is largest, and `host_bytes` what each process offloads to main memory.
+    `tuning` is how it trains, `peak` the phase in which it is largest, and `host_bytes` what each process offloads.
     """
 
     role: RoleName
@@ -37,6 +39,7 @@ class RolePlan:
     gpus: float
     threads: int
     parameters: int
+    tuning: str
     trainable: int
     phases: Mapping[Phase, Memory]
     peak: Phase
@@ -102,6 +105,7 @@ def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None 
 
     recipe = expand_seeds(loaded.recipe)
     shapes = Shapes(read_shape(resolve_model(recipe.model)), _judges(recipe))
+    check_model(recipe, shapes.base)
     fit = check_memory(recipe, shapes, device) if device else None
     stages = tuple(_stage_plan(recipe, stage, shapes, int(resources.cpus), device) for stage in recipe.stages)
     elsewhere = not resources.gpus and any(want.gpus for want in processes(recipe).values())
@@ -182,6 +186,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device
             gpus=want.gpus,
             threads=cpu_threads[name],
             parameters=memory[name].model.parameters,
+            tuning=_method(memory[name].model),
             trainable=memory[name].model.trainable,
             phases=memory[name].phases,
             peak=memory[name].peak,
@@ -191,6 +196,15 @@ def _stage_plan(recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device
     )
     online = online_step(recipe, stage, shapes.base, device) if isinstance(stage, OnlineStage) else None
     return StagePlan(stage.name, stage.kind, roles, schedule(recipe, stage), step_work(recipe, stage), online)
+
+
+def _method(model: Model) -> str:
+    """Return what of a model trains, as the recipe calls it; nothing for one that is only asked."""
+    tuning = model.tuning
+    if isinstance(tuning, Lora):
+        chosen = {"rslora": tuning.rslora, "dora": tuning.dora, "pissa": tuning.init == "pissa"}
+        return "+".join(["lora", *(name for name, wanted in chosen.items() if wanted)])
+    return tuning.kind if tuning else ""
 
 
 def _places(recipe: Recipe) -> dict[str, str]:

@@ -105,7 +105,8 @@ def _role_table(plan: Plan) -> RenderableType:
             parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.logits)
             sizes = (*parts, memory.kv_cache, memory.buffers + memory.slack, memory.total)
             counts = (str(role.processes), f"{role.gpus:g}", str(role.threads), _count(role.trainable), role.peak)
-            table.add_row(f"  {role.role}", *counts, *(_short(size) for size in sizes))
+            name = f"  {role.role}, {role.tuning}" if role.tuning else f"  {role.role}"
+            table.add_row(name, *counts, *(_short(size) for size in sizes))
     return table
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from rlhf.errors import ResourceError
-from rlhf.recipe.base import LlmJudge, Lora, ModelJudge
+from rlhf.recipe.base import LlmJudge, ModelJudge
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName, RolloutRole
@@ -22,6 +22,7 @@ from rlhf.recipe.stage_schema import (
     Stage,
     SynthesizeStage,
 )
+from rlhf.recipe.tuning_support import support
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,6 @@ def local_resources() -> Resources:
     import torch
 
     return Resources(len(os.sched_getaffinity(0)), torch.cuda.device_count(), psutil.virtual_memory().total)
-
-
-def adapters(recipe: Recipe, chosen: Lora | Literal["full"] | None) -> Lora | None:
-    """Return the adapters a model trains, with the stage's choice before the recipe's; None trains every weight."""
-    setting = chosen or recipe.lora
-    return None if setting == "full" else setting
 
 
 def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
@@ -86,7 +81,7 @@ def process_count(recipe: Recipe, name: RoleName) -> int:
 
 def reference_in_policy(recipe: Recipe, stage: OnlineStage) -> bool:
     """Return whether the reference needs no weights of its own: the policy's adapters are switched off instead."""
-    return recipe.roles.reference.share == "policy" and adapters(recipe, stage.lora) is not None
+    return recipe.roles.reference.share == "policy" and support(stage.tuning or recipe.tuning).reference
 
 
 def _roles(recipe: Recipe, stage: Stage) -> tuple[RoleName, ...]:

@@ -71,8 +71,15 @@ class RolloutRole(Role):
     replicas: PositiveInt = 1
     tensor_parallel: PositiveInt = 1
     share: Literal["policy"] | None = None
-    max_sequences: PositiveInt = Field(64, description="sequences generated at once by one replica")
-    kv_cache_gib: PositiveInt = Field(1, description="KV cache per replica on CPU, whole GiB")
+    max_sequences: PositiveInt = Field(
+        default_factory=lambda role: 256 if role.get("gpus") or role.get("share") else 64,
+        description="sequences generated at once by one replica; unset is 64 on the CPU and 256 on a GPU",
+    )
+    kv_cache_gib: PositiveInt | None = Field(
+        None,
+        description="KV cache per replica on CPU, whole GiB; unset is what max_sequences sequences of full length "
+        "need, at most an eighth of main memory",
+    )
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     weights: Literal["merged", "adapter"] = Field(
         "merged",

@@ -10,32 +10,56 @@ from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import StageBase, Training
-from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage
+from rlhf.recipe.stage_schema import (
+    AnnotateStage,
+    ClassifyStage,
+    CompareStage,
+    RewardStage,
+    SftStage,
+    Stage,
+    SynthesizeStage,
+)
 
 Schedule = Mapping[str, int]
+
+FEWEST_ROWS = 20
+"""An SFT stage with fewer rows trains on all of them."""
 
 
 def schedule(recipe: Recipe, stage: Stage) -> Schedule:
     """Return named counts: rows, optimizer steps, rollouts, the most tokens of one sequence.
 
     A count that needs a file which is not local jsonl is left out. What an annotate stage will yield is not
-    known before it has run, so counts that hang on it are upper bounds and end in `_at_most`.
+    known before it has run, so counts that hang on it are upper bounds and end in `_at_most`. Rows are held out by
+    prompt or class, so where prompts repeat or classes are small, steps may be a few more or less.
     """
     match stage:
         case KtoStage():
             return _labelled(recipe, stage)
+        case ClassifyStage():
+            texts = row_count(stage.data)
+            learned = None if texts is None else texts - round(texts * stage.heldout_fraction)
+            return _rows(stage.data) | _steps(stage, learned, "")
+        case SftStage() if (rows := _written(recipe, stage)) is not None:
+            return {"rows": rows} | _steps(stage, rows - sft_heldout(stage, rows), "")
         case SftStage() | RewardStage() | PreferenceStage():
             if isinstance(stage.data, StageData):
                 pairs = _pairs(recipe, stage.data.stage)
                 known = {} if pairs is None else {"pairs_at_most": pairs}
                 return known | _steps(stage, pairs, "_at_most")
             pairs = row_count(stage.data)
-            heldout = 0.0 if isinstance(stage, SftStage) else stage.heldout_fraction
-            trained = None if pairs is None else pairs - round(pairs * heldout)
+            if pairs is None or not (isinstance(stage, SftStage) or _is_pair_a_row(stage.data)):
+                trained = None
+            elif isinstance(stage, SftStage):
+                trained = pairs - sft_heldout(stage, pairs)
+            else:
+                trained = pairs - round(pairs * stage.heldout_fraction)
             return _rows(stage.data) | _steps(stage, trained, "")
         case AnnotateStage():
             prompts = row_count(stage.prompts)
             return _rows(stage.prompts, "prompts") | _sampling(stage, prompts, stage.samples_per_prompt)
+        case SynthesizeStage():
+            return _rows(stage.seeds, "seeds") | {"rows": stage.count, "max_tokens": sequence_tokens(stage)}
         case OnlineStage():
             return _rows(stage.prompts, "prompts") | _online(stage)
         case CompareStage():
@@ -53,6 +77,13 @@ def row_count(data: PathData | HubData) -> int | None:
     return rows if data.limit is None else min(rows, data.limit)
 
 
+def sft_heldout(stage: SftStage, rows: int) -> int:
+    """Return how many of its rows an SFT stage holds out: a share, one at least, but none of fewer than 20."""
+    if stage.heldout_fraction == 0 or rows < FEWEST_ROWS:
+        return 0
+    return max(1, round(stage.heldout_fraction * rows))
+
+
 def longest(recipe: Recipe) -> int:
     """Return the most tokens, prompt and response, that the rollout engine sees in any stage; 0 without one."""
     return max(sequence_tokens(stage) for stage in recipe.stages)
@@ -60,7 +91,7 @@ def longest(recipe: Recipe) -> int:
 
 def sequence_tokens(stage: StageBase) -> int:
     """Return the most tokens, prompt and response, that a stage gives the rollout engine; 0 where it uses none."""
-    if isinstance(stage, AnnotateStage | OnlineStage | CompareStage):
+    if isinstance(stage, AnnotateStage | SynthesizeStage | OnlineStage | CompareStage):
         return stage.max_prompt_tokens + stage.max_response_tokens
     return 0
 
@@ -73,7 +104,7 @@ def row_tokens(stage: Stage) -> int:
 def step_rows(stage: Stage) -> int:
     """Return the rows, both sides of each pair, of one optimizer step over all ranks; of a stage without, of a pass."""
     match stage:
-        case SftStage() | KtoStage():
+        case SftStage() | ClassifyStage() | KtoStage():
             return stage.batch_size
         case RewardStage() | PreferenceStage():
             return 2 * stage.batch_size
@@ -86,7 +117,7 @@ def step_rows(stage: Stage) -> int:
 def microbatch_tokens(stage: Stage, ranks: int = 1) -> int:
     """Return the most tokens of one forward or backward pass of a rank; a row over the budget passes alone."""
     match stage:
-        case SftStage() | KtoStage():
+        case SftStage() | ClassifyStage() | KtoStage():
             row, rows = stage.max_length, stage.batch_size
         case RewardStage() | PreferenceStage():
             row, rows = 2 * stage.max_length, stage.batch_size
@@ -117,6 +148,22 @@ def _labelled(recipe: Recipe, stage: KtoStage) -> dict[str, int]:
     each = {"preference": 2, "kto": 1}.get(stage.data.format)
     trained = None if rows is None or each is None else each * (rows - round(rows * stage.heldout_fraction))
     return _rows(stage.data) | _steps(stage, trained, "")
+
+
+def _is_pair_a_row(data: PathData | HubData) -> bool:
+    """Return whether each row of a jsonl file is one pair: not so of rankings, and of UltraFeedback as published."""
+    if data.format != "auto" or isinstance(data, HubData):
+        return data.format in ("auto", "preference", "hh_rlhf")
+    with data.path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    return not any(name in first for name in (b'"responses"', b'"completions"', b'"ranking"'))
+
+
+def _written(recipe: Recipe, stage: SftStage) -> int | None:
+    """Return the chats that the synthesize stage writes on which the stage trains; None where it trains on others."""
+    name = stage.data.stage if isinstance(stage.data, StageData) else None
+    source = next((other for other in recipe.stages if other.name == name), None)
+    return source.count if isinstance(source, SynthesizeStage) else None
 
 
 def _pairs(recipe: Recipe, name: str) -> int | None:

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from rlhf.recipe.base import Budget, Lora, Strict
+from rlhf.recipe.base import Budget, Strict
 from rlhf.recipe.role_schema import Roles
 from rlhf.recipe.stage_schema import Stage
+from rlhf.recipe.tuning_schema import Lora, Tuning
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What names a folder: no separator, and nothing that leads out of the one above."""
@@ -31,10 +32,18 @@ class Wandb(Strict):
     entity: str | None = None
 
 
+class Trackio(Strict):
+    """trackio as an extra sink: its local database, in TRACKIO_DIR or trackio's own folder; nothing is sent."""
+
+    project: str = Field(pattern=FILE_NAME)
+
+
 class Tracking(Strict):
     """Where metrics go beside `metrics.jsonl`."""
 
     wandb: Wandb | None = None
+    tensorboard: bool = Field(False, description="event files in the run folder, `tensorboard/<stage>`")
+    trackio: Trackio | None = None
 
 
 class Ray(Strict):
@@ -70,7 +79,7 @@ class Recipe(Strict):
     name: str = Field(pattern=FILE_NAME)
     seed: int = Field(17, ge=0, lt=2**31)
     model: ModelSource
-    lora: Lora | Literal["full"] = Lora()
+    tuning: Tuning = Lora()
     backend: Literal["ray", "local"] = "ray"
     ray: Ray = Ray()
     roles: Roles = Roles()

@@ -8,13 +8,15 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from rlhf.recipe.check_roles import check_roles
+from rlhf.recipe.check_tuning import check_tuning
 from rlhf.recipe.devices import Device
 from rlhf.recipe.fit import Shapes, check_memory, with_role
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.placement import place
-from rlhf.recipe.resources import adapters, processes
+from rlhf.recipe.resources import processes
 from rlhf.recipe.role_schema import ReferenceRole, RoleName, Roles
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.tuning_support import support
 
 Layout = Literal["together", "rollout apart", "apart"]
 IN_POLICY = ReferenceRole(share="policy")
@@ -78,7 +80,8 @@ def _fewest(recipe: Recipe, layout: Layout, shapes: Shapes, device: Device) -> R
         made = made.model_copy(update={"roles": made.roles.model_copy(update={name: role})})
     if "reference" not in used and any(isinstance(stage, OnlineStage) for stage in recipe.stages):
         made = made.model_copy(update={"roles": made.roles.model_copy(update={"reference": IN_POLICY})})
-    return None if any(check_roles(made)) or check_memory(made, shapes, device).problems else made
+    wrong = [*check_roles(made), *check_tuning(made, {})]
+    return None if wrong or check_memory(made, shapes, device).problems else made
 
 
 def _layouts(recipe: Recipe, layout: Layout, shapes: Shapes) -> Iterator[Recipe]:
@@ -99,7 +102,7 @@ def _layout(recipe: Recipe, ranks: int, zero_stage: int, layout: Layout, width: 
     for name in ("policy", "reference", "reward", "critic"):
         # A host need not share, and with adapters the reference is the policy with them off.
         own: dict[str, Any] = {} if name == "policy" else {"share": "policy" if guests else None}
-        if name == "reference" and adapters(recipe, None) is not None:
+        if name == "reference" and support(recipe.tuning).reference:
             own = {"share": "policy"}
         recipe = with_role(recipe, name, **learner, **own)
         if name != "policy" and own["share"]:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from rlhf.recipe.base import Lora, Optimizer, Strict
+from rlhf.recipe.base import Optimizer, Strict
+from rlhf.recipe.tuning_schema import Tuning
 
 NAME = r"^[a-z][a-z0-9_-]*$"
 MARK = "@"
@@ -26,7 +27,7 @@ class StageBase(Strict):
 class Training(StageBase):
     """What all stages that train have; `batch_size` counts sequences (or pairs) per optimizer step."""
 
-    lora: Lora | Literal["full"] | None = Field(None, description="overrides the recipe's `lora`; `full` trains all")
+    tuning: Tuning | None = Field(None, description="which weights train; overrides the recipe's")
     optimizer: Optimizer = Optimizer()
     batch_size: PositiveInt = 16
     epochs: PositiveInt = 1

@@ -100,7 +100,7 @@ def _seconds(recipe: Recipe, stage: AnyOnlineStage, shape: ModelShape, device: D
         unit = 2 * model.parameters * tokens / (want.count * device.flops)
         score[host] = score.get(host, 0) + sequences * unit / SCORING
         if model.trained:
-            products = (2 if model.lora else 3) + (1 if role.gradient_checkpointing else 0)
+            products = (3 if model.full else 2) + (1 if role.gradient_checkpointing else 0)
             learn[host] = learn.get(host, 0) + products * stage.epochs * trained * unit / LEARNING
     found = {
         "generate": generate,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from rlhf.recipe.base import Fraction, Positive, Strict
 
@@ -12,7 +13,7 @@ from rlhf.recipe.base import Fraction, Positive, Strict
 class Full(Strict):
     """Every weight."""
 
-    kind: Literal["full"]
+    kind: Literal["full"] = "full"
 
 
 class Lora(Strict):
@@ -33,7 +34,7 @@ class Lora(Strict):
 class Qlora(Strict):
     """LoRA on a base whose linear weights are kept in 4 bits, NF4 (Dettmers et al. 2023)."""
 
-    kind: Literal["qlora"]
+    kind: Literal["qlora"] = "qlora"
     r: PositiveInt = 16
     alpha: Positive = 32
     dropout: Fraction = 0.0
@@ -45,27 +46,28 @@ class Qlora(Strict):
 class Ia3(Strict):
     """Learned factors for keys, values and the feed-forward's inner activations (Liu et al. 2022)."""
 
-    kind: Literal["ia3"]
+    kind: Literal["ia3"] = "ia3"
 
 
-class Bottleneck(Strict):
-    """Small two-layer networks with a skip connection behind each block's feed-forward (Houlsby et al. 2019)."""
+class LlamaAdapter(Strict):
+    """Learned tokens that the upper layers attend to through a gate that opens from 0 (Zhang et al. 2023)."""
 
-    kind: Literal["bottleneck"]
-    size: PositiveInt = Field(64, description="width between the two layers")
+    kind: Literal["llama_adapter"] = "llama_adapter"
+    tokens: PositiveInt = 10
+    layers: PositiveInt | None = Field(None, description="the last so many layers; unset is all")
 
 
 class PrefixTuning(Strict):
     """Learned keys and values that every token sees, in each layer (Li and Liang 2021)."""
 
-    kind: Literal["prefix_tuning"]
+    kind: Literal["prefix_tuning"] = "prefix_tuning"
     virtual_tokens: PositiveInt = 20
 
 
 class PromptTuning(Strict):
     """Learned embeddings before the text (Lester et al. 2021)."""
 
-    kind: Literal["prompt_tuning"]
+    kind: Literal["prompt_tuning"] = "prompt_tuning"
     virtual_tokens: PositiveInt = 20
     init_text: str | None = Field(None, description="begin with the embeddings of these words; unset is random words")
 
@@ -73,7 +75,7 @@ class PromptTuning(Strict):
 class PTuning(Strict):
     """Learned embeddings before the text, made by a small network that is trained in their stead (Liu et al. 2021)."""
 
-    kind: Literal["p_tuning"]
+    kind: Literal["p_tuning"] = "p_tuning"
     virtual_tokens: PositiveInt = 20
     encoder_size: PositiveInt = 128
 
@@ -81,21 +83,27 @@ class PTuning(Strict):
 class Bitfit(Strict):
     """The bias terms alone (Ben Zaken et al. 2022)."""
 
-    kind: Literal["bitfit"]
+    kind: Literal["bitfit"] = "bitfit"
 
 
 class Layers(Strict):
     """Some of the decoder's layers, whole."""
 
-    kind: Literal["layers"]
+    kind: Literal["layers"] = "layers"
     last: PositiveInt | None = Field(None, description="the last so many layers")
     indices: list[NonNegativeInt] | None = Field(None, description="or these, from 0")
     norm: bool = Field(True, description="and the last norm")
 
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if (self.last is None) == (not self.indices):
+            raise PydanticCustomError("one_choice", "a choice of layers: last: 2, or indices: [0, 1]")
+        return self
 
-LowRank = Lora | Qlora
+
+AnyLora = Lora | Qlora
 Prompted = PrefixTuning | PromptTuning | PTuning
 Tuning = Annotated[
-    Full | Lora | Qlora | Ia3 | Bottleneck | PrefixTuning | PromptTuning | PTuning | Bitfit | Layers,
+    Full | Lora | Qlora | Ia3 | LlamaAdapter | PrefixTuning | PromptTuning | PTuning | Bitfit | Layers,
     Field(discriminator="kind"),
 ]

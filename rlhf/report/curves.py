@@ -17,7 +17,7 @@ def read_curves(run_folder: Path) -> dict[str, Curve]:
     redone after a resume counts once. A torn last line (the process died while writing) is left out; any other
     malformed line raises DataError.
     """
-    curves = {path.parent.name: _read(path) for path in sorted(run_folder.glob("stages/*/metrics.jsonl"))}
+    curves = {path.parent.name: read_curve(path) for path in sorted(run_folder.glob("stages/*/metrics.jsonl"))}
     started = {name: min((row.get("time", 0.0) for row in rows), default=0.0) for name, rows in curves.items()}
     return {name: curves[name] for name in sorted(curves, key=lambda name: started[name]) if curves[name]}
 
@@ -28,7 +28,8 @@ def series(curve: Curve, name: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in points if abs(value) < float("inf")]
 
 
-def _read(path: Path) -> Curve:
+def read_curve(path: Path) -> Curve:
+    """Read one `metrics.jsonl`, as `read_curves` says."""
     rows: dict[float, dict[str, float]] = {}
     lines = path.read_bytes().rstrip().split(b"\n")
     for place, line in enumerate(lines):

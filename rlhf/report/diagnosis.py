@@ -29,6 +29,11 @@ GOLD_LOST, GOLD_GONE = 1 / 2, 2 / 3
 CHOSEN_LOST = 1 / 8
 FLAT = 0.7
 CUT_OFF = 0.5
+# Of the lowest held-out loss, by how much it must have risen (twice that where just two evaluations say so), and how
+# many times its largest step back on the way; of the training loss at that time, by how much it must have fallen since.
+RISEN, TURNED, FALLEN = 0.05, 2, 0.15
+# Of the loss at first, what is lost by who learns hardly anything.
+HARDLY = 0.05
 FEWEST_STEPS = 16
 WINDOWS = 8
 SURE = 4.0
@@ -71,8 +76,13 @@ class Window:
 
 def diagnose_curve(kind: str, curve: Curve) -> list[Diagnosis]:
     """Return what is wrong with a stage of that kind by its metrics so far; nothing before step 16."""
-    checks = (_hacking, _kl, _entropy, _critic, _chosen, _length, _flat, _unfinished)
+    checks = (_hacking, _kl, _entropy, _critic, _chosen, _length, _flat, _unfinished, _overfitting)
     return [finding for check in checks for finding in check(kind, curve)]
+
+
+def diagnose_end(curve: Curve) -> list[Diagnosis]:
+    """Return what only the metrics of a whole stage can tell: that it has learnt next to nothing."""
+    return list(_underfitting(curve))
 
 
 def windows(curve: Curve, metric: str) -> list[Window]:
@@ -222,4 +232,54 @@ def _unfinished(kind: str, curve: Curve) -> Iterator[Diagnosis]:
             "warn",
             f"{cut[-1].mean:.0%} of the responses reach the token limit without an end ({cut[0].mean:.0%} at first).",
             "a larger max_response_tokens, or a larger missing_eos_penalty.",
+        )
+
+
+def _overfitting(kind: str, curve: Curve) -> Iterator[Diagnosis]:
+    """The held-out loss has turned while the training loss goes on falling.
+
+    Evaluations are few, so the latter half of those after the lowest, two at least, must all lie above it, by more than
+    the curve moved against its trend anywhere: up before the lowest, or down after it.
+    """
+    measured, loss = series(curve, "heldout_loss"), windows(curve, "loss")
+    place = min(range(len(measured)), key=lambda index: measured[index][1], default=0)
+    later = len(measured) - 1 - place
+    if not loss or later < 2:
+        return
+    (step, least), values = measured[place], [value for _, value in measured]
+    rise = min(values[-max(2, later // 2) :]) - least
+    changes = [late - early for early, late in pairwise(values)]
+    back = max([0.0, *changes[:place], *(-change for change in changes[place:])])
+    then = min(loss, key=lambda window: abs(window.step - step))
+    falling = all(then.above(late) and then.mean - late.mean > FALLEN * abs(then.mean) for late in loss[-2:])
+    enough = RISEN * (1 + 2 / later) * abs(least)
+    if not (falling and rise > max(enough, TURNED * back)):
+        return
+    stays = next((at for at, value in measured if at and value == min(values[1:])), step)
+    since = f"fell to {show(least)} at step {step:g}" if step else f"was {show(least)} before training"
+    yield Diagnosis(
+        "overfitting",
+        "warn",
+        f"The held-out loss {since} and is now {show(values[-1])}, while the training loss went on from "
+        f"{show(then.mean)} to {show(loss[-1].mean)}: overfitting since step {step:g}.",
+        f"`keep: best`, the default, which leaves the model of step {stays:g}; fewer epochs, a lower learning rate, "
+        "more data, dropout.",
+    )
+
+
+def _underfitting(curve: Curve) -> Iterator[Diagnosis]:
+    """Neither loss has fallen by an amount that matters, and the noise is too small to hide that it did."""
+    measured, loss = series(curve, "heldout_loss"), windows(curve, "loss")
+    if not loss or len(measured) < 2:
+        return
+    start, least = measured[0][1], min(value for _, value in measured)
+    first, last = loss[0], loss[-1]
+    most = first.mean - last.mean + SURE * math.hypot(first.error, last.error)
+    if most < HARDLY * abs(first.mean) and start - least < HARDLY * abs(start):
+        yield Diagnosis(
+            "underfitting",
+            "warn",
+            f"In {curve[-1]['step']:g} steps the training loss went from {show(first.mean)} to {show(last.mean)} and "
+            f"the held-out loss from {show(start)} to {show(measured[-1][1])}: next to nothing was learnt.",
+            "a higher learning rate, more epochs, a larger rank (tuning.r); or it was known before.",
         )

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 
 from rlhf.errors import DataError
 from rlhf.recipe.base import Budget
-from rlhf.report.results import CandidateSamples, Comparison, FrontierPoint
+from rlhf.report.results import Comparison, FrontierPoint
+from rlhf.report.samples import CandidateSamples
 from rlhf.report.statistics import compare
 
 FILE = "evaluation.json"
@@ -21,7 +22,8 @@ class Evaluation:
     """All samples and scores of one comparison.
 
     `conditions` are what two evaluations must share to be compared (prompts, decoding, gold), in words or as digests;
-    `baseline_key` and `reward_key` tell whether baselines and proxy rewards are the same; `facts` are for the report.
+    `baseline_key`, `reward_key` and `retention_key` tell whether baselines, proxy rewards and retention chats are the
+    same; `facts` are for the report.
     """
 
     baseline: str
@@ -35,6 +37,7 @@ class Evaluation:
     facts: Mapping[str, str]
     seed: int
     bootstrap_samples: int
+    retention_key: str = ""
 
     def compare(self) -> Comparison:
         """Return means, intervals and differences."""
@@ -69,7 +72,7 @@ def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
     """Return one evaluation of several runs' candidates, `run/candidate`; a baseline that all share stands once.
 
     Baselines that differ are candidates too, the first run's being the baseline; KL is then to each run's own.
-    Proxy rewards are left out where the runs have different reward models.
+    Proxy rewards are left out where the runs have different reward models, retention where they have other chats.
     Raises DataError unless prompts, decoding and judges are the same.
     """
     names = list(runs)
@@ -90,6 +93,8 @@ def merge(runs: Mapping[str, Evaluation]) -> Evaluation:
     if len({item.reward_key for item in runs.values()}) > 1:
         candidates = [_unrewarded(item) for item in candidates]
         points = [replace(point, reward=None, reward_se=None) for point in points]
+    if len({item.retention_key for item in runs.values()}) > 1:
+        candidates = [replace(item, retention=()) for item in candidates]
     kl = "KL" if shared else f"KL (to each run's own baseline, {len(runs)} different ones)"
     facts = {"Runs": ", ".join(names), **{kl if key == "KL" else key: text for key, text in first.facts.items()}}
     return replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -14,7 +13,8 @@ import plotly.graph_objects as go
 from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve, series
 from rlhf.report.frontier import paths
-from rlhf.report.results import CandidateResult, CandidateSamples, Comparison, FrontierPoint, Interval
+from rlhf.report.results import CandidateResult, Comparison, FrontierPoint, Interval
+from rlhf.report.samples import CandidateSamples
 
 # Seen well on white and on dark, and apart from each other with colour-blind eyes (after Tol's bright scheme).
 PALETTE = (
@@ -23,42 +23,11 @@ PALETTE = (
 )  # fmt: skip
 PLAIN = "#7d8694"
 
-# Shown first, in this order; what a stage logs beyond these comes after, by name.
-LEADING = (
-    "loss",
-    "accuracy",
-    "eval_loss",
-    "eval_accuracy",
-    "gold_accuracy",
-    "reward",
-    "gold",
-    "kl",
-    "entropy",
-    "length",
-    "margin",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_logprob",
-    "rejected_logprob",
-    "unfinished",
-    "policy_loss",
-    "value_loss",
-    "explained_variance",
-    "approx_kl",
-    "clip_fraction",
-    "agreement",
-    "kl_penalty",
-    "grad_norm",
-    "learning_rate",
-    "tokens_per_second",
-)
-MOST_POINTS = 800
 BINS = 24
 # A normal 95 % interval reaches this many standard errors.
 REACH = 1.96
 
 Height = Literal["gold", "reward"]
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +50,7 @@ def frontier_plots(comparison: Comparison, curves: Mapping[str, Curve]) -> list[
         if metric in comparison.metrics:
             traces = [*_frontier(comparison, curves, metric)]
             plots.append(
-                Plot(f"{label} against KL", _json(_figure(traces, "KL to the reference, nats per response", label)))
+                Plot(f"{label} against KL", plot_json(figure(traces, "KL to the reference, nats per response", label)))
             )
     return plots
 
@@ -94,25 +63,9 @@ def histogram_plots(comparison: Comparison, samples: Sequence[CandidateSamples])
         lengths.setdefault(method(item.name), []).extend(sample.tokens for sample in item.samples)
         kls.setdefault(method(item.name), []).extend(sample.kl for sample in item.samples)
     return [
-        Plot("Length of responses", _json(_histogram(comparison, lengths, "tokens", whole=True))),
-        Plot("KL of responses", _json(_histogram(comparison, kls, "log(policy/reference), nats", whole=False))),
+        Plot("Length of responses", plot_json(_histogram(comparison, lengths, "tokens", whole=True))),
+        Plot("KL of responses", plot_json(_histogram(comparison, kls, "log(policy/reference), nats", whole=False))),
     ]
-
-
-def curve_plots(runs: Sequence[Curve], tint: str) -> list[Plot]:
-    """Plot each metric of a stage over its steps, from one curve per run.
-
-    One run: every point, and the running mean where there are many. Several: their mean, in a band from the lowest
-    to the highest.
-    """
-    names = {name for curve in runs for row in curve for name in row} - {"step", "time"}
-    ranked = sorted(names, key=lambda name: (LEADING.index(name) if name in LEADING else len(LEADING), name))
-    plots = []
-    for name in ranked:
-        found = [points for curve in runs if (points := series(curve, name))]
-        if found:
-            plots.append(Plot(name, _json(_curve(found[0], tint) if len(found) == 1 else _band(found, tint))))
-    return plots
 
 
 def colour(comparison: Comparison, name: str) -> str:
@@ -207,59 +160,11 @@ def _histogram(comparison: Comparison, values: Mapping[str, Sequence[float]], un
                 hovertemplate=f"{name}<br>from %{{x:.3g}}: %{{y:.1%}}<extra></extra>",
             )
         )
-    return _figure(traces, unit, "share")
+    return figure(traces, unit, "share")
 
 
-def _band(runs: Sequence[Points], tint: str) -> go.Figure:
-    columns = [dict(points) for points in runs]
-    steps = sorted({step for column in columns for step in column})
-    rows = [[column[step] for column in columns if step in column] for step in steps]
-    low, high, mean = (
-        _thin([(step, fold(row)) for step, row in zip(steps, rows, strict=True)]) for fold in (min, max, fmean)
-    )
-    around = go.Scatter(
-        x=[*(step for step, _ in low), *(step for step, _ in reversed(high))],
-        y=[*(value for _, value in low), *(value for _, value in reversed(high))],
-        fill="toself",
-        fillcolor=tint,
-        opacity=0.22,
-        mode="none",
-        name="lowest to highest run",
-        hoverinfo="skip",
-    )
-    line = go.Scatter(
-        x=[step for step, _ in mean],
-        y=[value for _, value in mean],
-        mode="lines",
-        name="mean of the runs",
-        line={"color": tint, "width": 2},
-        hovertemplate="step %{x}: %{y:.4g}<extra></extra>",
-    )
-    return _figure([around, line], "", "")
-
-
-def _curve(points: Points, tint: str) -> go.Figure:
-    points = _thin(points)
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    smooth = len(points) >= 24
-    raw = go.Scatter(
-        x=steps,
-        y=values,
-        mode="lines" if len(points) > 1 else "markers",
-        opacity=0.35 if smooth else 1.0,
-        line={"color": tint, "width": 1 if smooth else 2},
-        marker={"color": tint, "size": 7},
-        hovertemplate="step %{x}: %{y:.4g}<extra></extra>",
-    )
-    if not smooth:
-        return _figure([raw], "", "")
-    reach = max(1, len(points) // 24)
-    means = [fmean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))]
-    line = go.Scatter(x=steps, y=means, mode="lines", line={"color": tint, "width": 2}, hoverinfo="skip")
-    return _figure([raw, line], "", "")
-
-
-def _figure(traces: Sequence[go.Scatter], x_title: str, y_title: str) -> go.Figure:
+def figure(traces: Sequence[go.Scatter], x_title: str, y_title: str) -> go.Figure:
+    """Return a plot of the traces as all plots of the report look."""
     axis = {"zeroline": False, "automargin": True, "ticks": ""}
     layout = {
         "template": "none",
@@ -269,13 +174,6 @@ def _figure(traces: Sequence[go.Scatter], x_title: str, y_title: str) -> go.Figu
         "yaxis": {**axis, "title": {"text": y_title}, "nticks": 6},
     }
     return go.Figure(data=list(traces), layout=layout)
-
-
-def _thin(points: Points) -> Points:
-    """Average neighbours until a page can hold the curve."""
-    size = math.ceil(len(points) / MOST_POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
 def _error(value: float, interval: Interval) -> dict[str, object]:
@@ -289,5 +187,6 @@ def _reach(errors: Sequence[float | None]) -> dict[str, object]:
     return {"type": "data", "array": [REACH * (error or 0.0) for error in errors], "thickness": 1, "width": 3}
 
 
-def _json(figure: go.Figure) -> str:
+def plot_json(figure: go.Figure) -> str:
+    """Return a figure as JSON that a page may hold anywhere."""
     return str(figure.to_json()).replace("<", "\\u003c")

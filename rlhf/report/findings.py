@@ -11,13 +11,14 @@ from dataclasses import replace
 
 from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve
-from rlhf.report.diagnosis import KL_PER_TOKEN, Diagnosis, diagnose_curve
+from rlhf.report.diagnosis import KL_PER_TOKEN, Diagnosis, diagnose_curve, diagnose_end
 from rlhf.report.frontier import paths
 from rlhf.report.results import FEWEST_PROMPTS, CandidateResult, Comparison, FrontierPoint, show
 
 LENGTH_CHANGE = 0.2
 TRUNCATED = 0.1
 COLLAPSE = 0.5
+FORGOTTEN = 0.02
 SURE = 3.0
 KL_MOVED = 0.5
 NOTHING = "learned nothing that shows"
@@ -39,12 +40,13 @@ def diagnose(comparison: Comparison, curves: Mapping[str, Curve]) -> list[Diagno
     for item in comparison.candidates:
         if item.name != comparison.baseline:
             found = [*_outcome(comparison, item), *_drift(comparison, item), *_responses(comparison, item)]
+            found += _forgetting(item)
             findings += [replace(finding, subject=item.name) for finding in found]
     for run, points in paths(comparison).items():
         findings += [replace(finding, subject=run) for finding in _turned(points)]
     kinds = {item.name: item.kind for item in comparison.candidates}
     for run, curve in curves.items():
-        found = diagnose_curve(kinds.get(method(run), ""), curve)
+        found = [*diagnose_curve(kinds.get(method(run), ""), curve), *diagnose_end(curve)]
         findings += [replace(finding, subject=run) for finding in found]
     return findings
 
@@ -104,6 +106,21 @@ def _drift(comparison: Comparison, item: CandidateResult) -> Iterator[Diagnosis]
             f"{show(item.kl)} {item.kl_ci} nats to the reference over {show(item.length)} tokens is "
             f"{show(item.kl / item.length)} nats a token; above {KL_PER_TOKEN:g} little of the reference is left.",
             "a larger kl_coef or beta, a lower learning rate, fewer steps.",
+        )
+
+
+def _forgetting(item: CandidateResult) -> Iterator[Diagnosis]:
+    """Chats that training did not aim at have become less likely, by an amount that matters."""
+    change = item.retention.difference if item.retention else None
+    if item.retention and change and change.clear and change.difference > FORGOTTEN:
+        yield Diagnosis(
+            "forgets",
+            "warn",
+            f"{change} nats a token on retention: {item.retention.chats} chats that training did not aim at, now "
+            f"{show(item.retention.nll)} nats a token ({show(item.retention.nll - change.difference)} for "
+            f"{change.baseline}).",
+            "a larger kl_coef or beta, a lower learning rate, fewer epochs, adapters in place of full training, or "
+            "such chats among the training data.",
         )
 
 

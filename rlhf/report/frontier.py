@@ -8,7 +8,8 @@ import numpy as np
 
 from rlhf.recipe.seeds import method
 from rlhf.report.intervals import by_prompt, standard_error
-from rlhf.report.results import Comparison, FrontierPoint, Sample
+from rlhf.report.results import Comparison, FrontierPoint
+from rlhf.report.samples import Sample
 
 
 def frontier_point(run: str, samples: Sequence[Sample], step: int | None = None) -> FrontierPoint:

@@ -16,10 +16,12 @@ from plotly.offline import get_plotlyjs
 
 from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve
-from rlhf.report.figures import Plot, colour, curve_plots, frontier_plots, histogram_plots
+from rlhf.report.figures import Plot, colour, frontier_plots, histogram_plots
 from rlhf.report.findings import diagnose
+from rlhf.report.learning import curve_plots
 from rlhf.report.recipes import recipe_differences
-from rlhf.report.results import FEWEST_PROMPTS, CandidateSamples, Comparison, PairedDifference, Sample, show
+from rlhf.report.results import FEWEST_PROMPTS, Comparison, PairedDifference, show
+from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.table import chance, percent, seeds, verdict
 from rlhf.untrusted import visible
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.console import Console
 from rich.text import Text
 
-from rlhf.data.inspection import Inspection, Segment, inspect_file, inspect_recipe
+from rlhf.data.inspection import Inspection, inspect_file, inspect_recipe
+from rlhf.data.parts import Segment
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.base import PathData
 from rlhf.recipe.schema import ModelSource
@@ -20,7 +21,7 @@ from rlhf.untrusted import visible
 if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
-SHOWN = 5
+SHOWN, LABELS = 5, 20
 EXAMPLE_CHARACTERS = 1500
 
 
@@ -91,6 +92,12 @@ def _facts(made: Inspection) -> Iterator[tuple[str, str]]:
     yield "rows", f"{made.rows}, {made.bad} bad, {made.duplicates} that repeat an earlier one"
     for reason, count in list(made.reasons.items())[:SHOWN]:
         yield "", f"{count} x {reason}"
+    if made.counts and made.use.purpose == "classes":
+        shown = [f"{label} {count}" for label, count in list(made.counts.items())[:LABELS]]
+        more = f" and {len(made.counts) - LABELS} more" if len(made.counts) > LABELS else ""
+        yield "labels", f"{len(made.counts)}: {', '.join(shown)}{more}"
+    elif made.counts:
+        yield "", ", ".join(f"{count} {name}" for name, count in made.counts.items())
     for row in made.bad_rows:
         yield "bad row", row
     for name, lengths in made.lengths.items():

@@ -1,4 +1,4 @@
-"""What a comparison is made of, from the samples that went in to the numbers that came out."""
+"""What a comparison came to: the numbers, by method and by pair. What went in is in `rlhf.report.samples`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pydantic import BeforeValidator
 
 from rlhf.recipe.base import Budget
 
-Metric = Literal["gold", "reward", "kl", "length"]
+Metric = Literal["gold", "reward", "kl", "length", "retention"]
 METRICS: tuple[Metric, ...] = ("gold", "reward", "kl", "length")
+"""What is measured of each response; `retention` is of other chats."""
 
 # With fewer prompts a bootstrap interval is too narrow to call anything by (Efron & Tibshirani 1993, chapter 14).
 FEWEST_PROMPTS = 10
@@ -34,40 +35,6 @@ class Cost:
             (self.accelerator_seconds, budget.accelerator_seconds),
         )
         return max((used / limit for used, limit in limits if limit is not None), default=0.0)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One scored response. `kl` is its sequence log(policy/reference) in nats, `tokens` its length.
-
-    `entropy` is the mean over its tokens of the policy's entropy at that place, in nats.
-
-    `reward` is the proxy's score, None where there is no proxy.
-    """
-
-    prompt_id: str
-    prompt: str
-    response: str
-    gold: float
-    reward: float | None
-    kl: float
-    tokens: int
-    finish_reason: str
-    entropy: float
-
-
-@dataclass(frozen=True)
-class CandidateSamples:
-    """All samples of one run (`ppo@2`, or `ppo` where there is one); every run has the same prompt ids in order.
-
-    `preference_accuracy` is the share of held-out pairs that its implicit reward orders rightly, where measured.
-    """
-
-    name: str
-    kind: str
-    samples: tuple[Sample, ...]
-    cost: Cost | None = None
-    preference_accuracy: float | None = None
 
 
 def _end(infinite: float) -> BeforeValidator:
@@ -170,6 +137,7 @@ class CandidateResult:
     characters: float
     preference_accuracy: float | None
     cost: Cost | None
+    retention: Retention | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +170,20 @@ class PairedDifference:
 
     def __str__(self) -> str:
         return f"{show(self.difference, sign=True)} {self.ci}"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How a method predicts the `chats` of the retention set: mean -log p of the assistant's tokens, nats a token.
+
+    `difference` is to the baseline, chat by chat, above zero where the method has forgotten; None for the baseline.
+    """
+
+    nll: float
+    nll_ci: Interval
+    difference: PairedDifference | None
+    chats: int
+    tokens: int
 
 
 @dataclass(frozen=True)

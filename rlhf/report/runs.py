@@ -37,7 +37,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
         _curves(runs),
         evaluation.candidates,
         evaluation.facts,
-        recipes={name: _recipe(folder) for name, folder in runs.items()} if len(runs) > 1 else None,
+        recipes={name: read_recipe(folder) for name, folder in runs.items()} if len(runs) > 1 else None,
         environment=read_environment(runs[first]),
     )
     return comparison
@@ -60,7 +60,8 @@ def _curves(runs: Mapping[str, Path]) -> dict[str, Curve]:
     return {f"{name}/{stage}": curve for name, folder in runs.items() for stage, curve in read_curves(folder).items()}
 
 
-def _recipe(folder: Path) -> dict[str, Any]:
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """Return the resolved recipe of a run folder as plain values; DataError where there is none."""
     path = folder / "recipe.resolved.yaml"
     if not path.is_file():
         raise DataError(f"{path}: no such file; is {folder} a run folder?")

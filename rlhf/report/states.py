@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.checkpoint import QUARANTINE, broken, problems, states
-from rlhf.manifest import shown
+from rlhf.manifest import SEALED, shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ def states_table(run: Path) -> Table | None:
 
 
 def check_run(run: Path) -> Check:
-    """Compare every state of a run, and every finished model that `done.json` seals, with their hashes."""
+    """Compare every state of a run, and every model and adapter that `done.json` seals, with their hashes."""
     found: list[str] = []
     whole, models = 0, 0
     for folder in (folder for root in sorted(run.glob("stages/*/state")) for folder in states(root)):
@@ -57,24 +57,27 @@ def check_run(run: Path) -> Check:
         sealed = _sealed(done)
         if isinstance(sealed, str):
             found.append(f"{shown(str(done.relative_to(run)))}: {sealed}")
-        elif sealed is not None:
-            model = done.with_name("model")
-            wrong = broken(model, sealed)
-            models += not wrong
-            found += [f"{shown(str(model.relative_to(run)))}/{line}" for line in wrong]
+            continue
+        for name, files in sealed.items():
+            folder = done.with_name(name)
+            wrong = broken(folder, files)
+            models += name == "model" and not wrong
+            found += [f"{shown(str(folder.relative_to(run)))}/{line}" for line in wrong]
     return Check(whole, models, found)
 
 
-def _sealed(done: Path) -> dict[str, Any] | str | None:
-    """Return the seals of a finished stage's model, None where it has none, or in words why they cannot be read."""
+def _sealed(done: Path) -> dict[str, Any] | str:
+    """Return the seals of the folders that a finished stage left, or in words why they cannot be read."""
     try:
         content = json.loads(done.read_bytes())
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError):
         return "truncated or damaged"
-    sealed = content.get("files") if isinstance(content, dict) else ()
-    return sealed if sealed is None or isinstance(sealed, dict) else "truncated or damaged"
+    if not isinstance(content, dict):
+        return "truncated or damaged"
+    found = {name: content[key] for name, key in SEALED.items() if content.get(key)}
+    return found if all(isinstance(files, dict) for files in found.values()) else "truncated or damaged"
 
 
 def _all_states(run: Path) -> list[Path]:

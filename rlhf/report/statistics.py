@@ -21,16 +21,17 @@ from rlhf.report.intervals import Array, by_prompt, estimate, holm
 from rlhf.report.results import (
     METRICS,
     CandidateResult,
-    CandidateSamples,
     Comparison,
     Cost,
     Estimate,
     FrontierPoint,
     Metric,
     PairedDifference,
+    Retention,
     RunResult,
     WinRate,
 )
+from rlhf.report.samples import CandidateSamples
 from rlhf.report.wins import outcomes, win_rate
 
 
@@ -74,6 +75,7 @@ def compare(
     prompt_ids = _checked(candidates, baseline)
     methods, settings = _methods(candidates), Settings(seed, resamples, level)
     baseline = method(baseline)
+    retained = _retention(methods, baseline, settings)
     pairs = _pairs(list(methods), baseline)
     wins = tuple(_win(methods[one], methods[other], prompt_ids, settings, tie_margin) for one, other in pairs)
     against = {item.candidate: item for item in wins if item.baseline == baseline}
@@ -81,7 +83,10 @@ def compare(
     against[baseline] = _win(base, base, prompt_ids, settings, tie_margin)
     return Comparison(
         baseline=baseline,
-        candidates=tuple(_result(item, prompt_ids, against[item.name], settings) for item in methods.values()),
+        candidates=tuple(
+            _result(item, prompt_ids, against[item.name], retained.get(item.name), settings)
+            for item in methods.values()
+        ),
         differences=_differences(methods, pairs, prompt_ids, settings),
         wins=wins,
         frontier=(*frontier, *(frontier_point(item.name, item.samples) for item in candidates)),
@@ -108,7 +113,9 @@ def _methods(candidates: Sequence[CandidateSamples]) -> dict[str, Method]:
     return methods
 
 
-def _result(item: Method, prompt_ids: Sequence[str], won: WinRate, settings: Settings) -> CandidateResult:
+def _result(
+    item: Method, prompt_ids: Sequence[str], won: WinRate, retained: Retention | None, settings: Settings
+) -> CandidateResult:
     found = {
         metric: _estimate(by_prompt(column, prompt_ids)[:, None], settings) for metric, column in item.columns.items()
     }
@@ -134,7 +141,40 @@ def _result(item: Method, prompt_ids: Sequence[str], won: WinRate, settings: Set
         characters=float(item.characters.mean()),
         preference_accuracy=_mean([run.preference_accuracy for run in item.runs]),
         cost=_mean_cost([run.cost for run in item.runs if run.cost]),
+        retention=retained,
     )
+
+
+def _retention(methods: Mapping[str, Method], baseline: str, settings: Settings) -> dict[str, Retention]:
+    """Return how every method predicts the retention chats, and what that is against the baseline; {} without them."""
+    chats = methods[baseline].runs[0].retention
+    if not chats:
+        return {}
+    tokens = np.array([chat.tokens for chat in chats], dtype=np.float64)
+    values = {name: _per_token(item.runs, tokens) for name, item in methods.items()}
+    others = [name for name in methods if name != baseline]
+    gaps = {name: _estimate(values[name][:, None] - values[baseline][None], settings) for name in others}
+    corrected = dict(zip(others, holm([gap.p_value for gap in gaps.values()]), strict=True))
+    found = {}
+    for name, column in values.items():
+        own, gap, against = _estimate(column[:, None], settings), gaps.get(name), None
+        if gap:
+            tests = (gap.value, gap.ci, gap.n, gap.p_value, corrected[name], settings.level)
+            against = PairedDifference(name, baseline, "retention", *tests)
+        found[name] = Retention(own.value, own.ci, against, len(chats), int(tokens.sum()))
+    return found
+
+
+def _per_token(runs: Sequence[CandidateSamples], tokens: Array) -> Array:
+    """Return values `[runs, chats]` whose mean is the nats a token, and whose spread is the ratio's over chats.
+
+    The ratio of two sums is linear in each chat to first order (the delta method): R + (nats - R * tokens) / mean
+    tokens.
+    """
+    nats = np.array([[chat.nats for chat in run.retention] for run in runs], dtype=np.float64)
+    ratios = nats.sum(axis=1, keepdims=True) / tokens.sum()
+    values: Array = ratios + (nats - ratios * tokens) / tokens.mean()
+    return values
 
 
 def _run(item: Method, place: int, prompt_ids: Sequence[str]) -> RunResult:
@@ -207,6 +247,7 @@ def _checked(candidates: Sequence[CandidateSamples], baseline: str) -> list[str]
     if len(scored) > 1:
         raise TrainingError("compare: some samples have a proxy reward and some have none; score all of them or none")
     for item in candidates:
+        _check_retention(item, candidates[0])
         if [sample.prompt_id for sample in item.samples] != prompt_ids:
             raise TrainingError(
                 f"compare: {item.name} was not sampled on the same prompts, in the same order, as {names[0]}"
@@ -220,3 +261,11 @@ def _checked(candidates: Sequence[CandidateSamples], baseline: str) -> list[str]
                     f"({bad.size} of {len(column)} samples); fix the judge so that every score is finite"
                 )
     return prompt_ids
+
+
+def _check_retention(item: CandidateSamples, first: CandidateSamples) -> None:
+    if [chat.tokens for chat in item.retention] != [chat.tokens for chat in first.retention]:
+        raise TrainingError(f"compare: {item.name} was not asked for the same retention chats as {first.name}")
+    bad = [place for place, chat in enumerate(item.retention, start=1) if not np.isfinite(chat.nats)]
+    if bad:
+        raise TrainingError(f"compare: {item.name} gives retention chat {bad[0]} a probability of 0 or none at all")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf.report.results import FEWEST_PROMPTS, CandidateResult, Comparison, Interval, PairedDifference, show
+from rlhf.report.results import (
+    FEWEST_PROMPTS,
+    CandidateResult,
+    Comparison,
+    Interval,
+    PairedDifference,
+    Retention,
+    show,
+)
 from rlhf.untrusted import visible
 
 if TYPE_CHECKING:
@@ -26,12 +34,15 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     table.add_column("candidate")
     proxy = ["reward model"] if "reward" in comparison.metrics else []
-    for heading in ("gold reward", *proxy, "KL to reference", "tokens", "win rate"):
+    retention = ["forgets, nats a token"] if comparison.candidates[0].retention else []
+    for heading in ("gold reward", *proxy, *retention, "KL to reference", "tokens", "win rate"):
         table.add_column(heading, justify="right")
     for item in comparison.ranked:
         cells = [_cell(item.gold, item.gold_ci)]
         if item.reward is not None and item.reward_ci is not None:
             cells.append(_cell(item.reward, item.reward_ci))
+        if item.retention is not None:
+            cells.append(forgetting(item.retention))
         cells += [_cell(item.kl, item.kl_ci), _cell(item.length, item.length_ci), _wins(comparison, item)]
         table.add_row(Text(visible(label(comparison, item))), *(Text(cell) for cell in cells))
     return table
@@ -74,6 +85,12 @@ def label(comparison: Comparison, item: CandidateResult) -> str:
     marks = ["baseline"] if item.name == comparison.baseline else []
     marks += [f"{len(item.runs)} seeds"] if len(item.runs) > 1 else []
     return f"{item.name} ({', '.join(marks)})" if marks else item.name
+
+
+def forgetting(retention: Retention) -> str:
+    """Write what a method has lost on the retention chats, or how well the baseline predicts them."""
+    change = retention.difference
+    return f"{change}" if change else f"(at {show(retention.nll)})"
 
 
 def percent(value: float, interval: Interval) -> str:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.data.reading import read_prompts
 from rlhf.data.rows import PromptRow
+from rlhf.data.synthesized import read_synthesized
 from rlhf.errors import DataError
 from rlhf.fingerprint import file_digest
-from rlhf.recipe.base import FunctionJudge, Judge, LlmJudge, ModelJudge
+from rlhf.recipe.base import FileData, FunctionJudge, Judge, LlmJudge, ModelJudge, PathData
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
-from rlhf.recipe.stage_schema import CompareStage
+from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
 from rlhf.report.curves import Curve, read_curves
 from rlhf.report.evaluation import Evaluation, write_evaluation
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
-from rlhf.report.results import CandidateSamples, Comparison, Cost, FrontierPoint, Sample
+from rlhf.report.results import Comparison, Cost, FrontierPoint
 from rlhf.report.runs import read_environment
+from rlhf.report.samples import CandidateSamples, ChatScore, Sample
 from rlhf.report.wins import write_leaderboard
 from rlhf.stages.context import StageContext
 from rlhf.stages.evaluate import Drawn, draw, heldout_pairs, implicit_accuracy, judged, sequence_kl
+from rlhf.stages.instructions import normalised
+from rlhf.stages.retention import Retained, read_retention
 from rlhf.stages.samples import write_samples
 from rlhf.stages.sft import Summary
 
@@ -36,7 +41,9 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     baseline; its mean over samples estimates the sequence-level KL(pi || ref) without bias at the stage's temperature.
     """
     rows = read_prompts(stage.prompts)
-    drawn = _draw_all(rows, stage, context)
+    _check_synthesized(rows, stage, context)
+    retained = read_retention(stage, context)
+    drawn = _draw_all(rows, retained, stage, context)
     reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
     tokenizer = context.tokenizer(stage.baseline)
     kl = sequence_kl(drawn, rows, reference, tokenizer, stage.baseline)
@@ -48,7 +55,10 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     samples = {name: _samples(item, golds[name], rewards[name], kl[name].tolist()) for name, item in drawn.items()}
     for name in stage.candidates:
         write_samples(context.folder / "samples" / name, 0, drawn[name].rollouts, golds[name])
-    evaluation = _evaluation(samples, implicit_accuracy(drawn, stage.baseline), rows, stage, context)
+    accuracy = implicit_accuracy(drawn, stage.baseline)
+    retention = {name: item.retention for name, item in drawn.items()}
+    evaluation = _evaluation(samples, accuracy, retention, rows, stage, context)
+    evaluation = replace(evaluation, retention_key=retained.key if retained else "")
     comparison = evaluation.compare()
     _write(evaluation, comparison, context)
     return {result.name: result.gold for result in comparison.candidates}
@@ -64,7 +74,22 @@ def _samples(
     )
 
 
-def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> dict[str, Drawn]:
+def _check_synthesized(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> None:
+    """Raise DataError when chats that a model wrote for training ask what the comparison asks."""
+    asked = {normalised(row.text): row.text for row in rows}
+    for other in context.recipe.stages:
+        if isinstance(other, SynthesizeStage) and other.name in context.outputs:
+            chats, _ = read_synthesized(context.outputs[other.name])
+            if shared := asked.keys() & {normalised(chat.instruction) for chat in chats}:
+                raise DataError(
+                    f"{len(shared)} of {len(rows)} prompts of stages.{stage.name} are also in what stages.{other.name}"
+                    f" wrote, for example {asked[min(shared)]!r}; run it again with --restart {other.name}"
+                )
+
+
+def _draw_all(
+    rows: Sequence[PromptRow], retained: Retained | None, stage: CompareStage, context: StageContext
+) -> dict[str, Drawn]:
     names = list(stage.candidates)
     if stage.frontier and not isinstance(stage.gold, LlmJudge):  # who judges by comparing sees the candidates only
         names += [saved for name in stage.candidates for saved in context.saved(name)]
@@ -81,8 +106,10 @@ def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageCont
     drawn: dict[str, Drawn] = {}
     for index, name in enumerate(names):
         candidate = name.partition("/")[0]
-        asked = pairs if name in stage.candidates and name not in foreign else []
-        drawn[name] = draw(name, tokenizers[candidate], candidate in foreign, rows, asked, stage, context)
+        own = name in stage.candidates
+        asked = pairs if own and name not in foreign else []
+        chats = retained if own else None
+        drawn[name] = draw(name, tokenizers[candidate], candidate in foreign, rows, asked, stage, context, chats)
         lengths = [len(rollout.tokens) for rollout in drawn[name].rollouts]
         context.tracker.advance(index + 1, {"length": sum(lengths) / len(lengths)})
     return drawn
@@ -91,13 +118,16 @@ def _draw_all(rows: Sequence[PromptRow], stage: CompareStage, context: StageCont
 def _evaluation(
     samples: Mapping[str, tuple[Sample, ...]],
     accuracy: Mapping[str, float | None],
+    retention: Mapping[str, tuple[ChatScore, ...]],
     rows: Sequence[PromptRow],
     stage: CompareStage,
     context: StageContext,
 ) -> Evaluation:
     kinds = {other.name: other.kind for other in context.recipe.stages}
     candidates = tuple(
-        CandidateSamples(name, kinds.get(name, "base"), samples[name], _cost(name, context), accuracy[name])
+        CandidateSamples(
+            name, kinds.get(name, "base"), samples[name], _cost(name, context), accuracy[name], retention[name]
+        )
         for name in stage.candidates
     )
     return Evaluation(
@@ -179,7 +209,12 @@ def _facts(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext
         "KL": f"mean over samples of log pi - log ref, reference {stage.baseline}, in nats a response",
         "Seeds": ", ".join(map(str, recipe.seeds)) if recipe.seeds else f"one, {recipe.seed}",
         "Model": f"{recipe.model.path} ({recipe.model.dtype})",
+        **({"Retention": _source(stage.retention)} if stage.retention else {}),
     }
+
+
+def _source(data: FileData) -> str:
+    return f"chats of {data.path.name if isinstance(data, PathData) else data.hub}, not aimed at by training"
 
 
 def _curves(run: Path, evaluation: Evaluation, context: StageContext) -> dict[str, Curve]:

@@ -6,20 +6,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from rlhf.engines.base import LearnerSpec, RolloutSpec
+from rlhf.engines.base import Kind, LearnerSpec, RolloutSpec
 from rlhf.fingerprint import folder_digest
 from rlhf.models.cache import default_cache
 from rlhf.models.loading import resolve_judge
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.recipe.base import FunctionJudge, HttpJudge, Judge, LlmJudge, Lora, ModelJudge, Optimizer
+from rlhf.recipe.base import FunctionJudge, HttpJudge, Judge, LlmJudge, ModelJudge, Optimizer
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import CompareStage, Stage
+from rlhf.recipe.tuning_schema import Lora, Tuning
+from rlhf.recipe.tuning_support import support
 from rlhf.report.results import Cost
 from rlhf.rewards.chat import ChatJudge
 from rlhf.rewards.engine import EngineJudge
@@ -28,10 +29,14 @@ from rlhf.rewards.llm import LlmReward
 from rlhf.rewards.model import ModelReward
 from rlhf.rewards.remote import HttpReward
 from rlhf.rewards.verdicts import VerdictCache
-from rlhf.roles import Launcher, RewardSource
+from rlhf.roles import Launcher, Learner, RewardSource
 from rlhf.seeding import derive
 from rlhf.stages.recovery import StageRecovery
 from rlhf.tracking import Tracker
+
+MODEL = "model"
+ADAPTER = "adapter"
+"""Folders of a finished stage: its model as plain weights, and what it learned beside the model it started from."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class StageContext:
         stage, _, saved = name.partition("/")
         if stage == "base" or stage in self.recipe.checkpoints:
             return self.outputs[stage]
-        return self.outputs[stage] / ("checkpoints" if saved else "model") / saved
+        return self.outputs[stage] / ("checkpoints" if saved else MODEL) / saved
 
     def saved(self, name: str) -> list[str]:
         """Return the checkpoints that a stage saved on its way, first to last, as `checkpoint` takes them."""
@@ -95,28 +100,33 @@ class StageContext:
     def trained(
         self,
         role: RoleName,
-        kind: Literal["causal", "scalar"],
+        kind: Kind,
         checkpoint: str,
         optimizer: Optimizer,
-        lora: Lora | Literal["full"] | None,
+        tuning: Tuning | None,
         head_learning_rate: float | None = None,
         temperature: float = 1.0,
     ) -> LearnerSpec:
-        """Describe a model that this stage trains; `lora` None takes the recipe's."""
-        adapters = lora or self.recipe.lora
+        """Describe a model that this stage trains; `tuning` None takes the recipe's."""
         placed = getattr(self.recipe.roles, role)
         return replace(
             self.frozen(role, kind, checkpoint, temperature),
-            lora=None if adapters == "full" else adapters,
+            tuning=tuning or self.recipe.tuning,
             optimizer=optimizer,
             head_learning_rate=head_learning_rate,
             offload=placed.offload,
             gradient_checkpointing=placed.gradient_checkpointing,
         )
 
-    def frozen(
-        self, role: RoleName, kind: Literal["causal", "scalar"], checkpoint: str, temperature: float = 1.0
-    ) -> LearnerSpec:
+    def save(self, model: Learner) -> None:
+        """Leave what the stage trained: `model`, a plain one, and `adapter`, as far as its tuning method gives them."""
+        able = support(getattr(self.stage, "tuning", None) or self.recipe.tuning)
+        if able.merges:
+            model.save(self.folder / MODEL).result()
+        if able.adapter:
+            model.save_adapter(self.folder / ADAPTER).result()
+
+    def frozen(self, role: RoleName, kind: Kind, checkpoint: str, temperature: float = 1.0) -> LearnerSpec:
         """Describe a model that this stage only asks."""
         placed = getattr(self.recipe.roles, role)
         return LearnerSpec(
@@ -124,7 +134,7 @@ class StageContext:
             kind=kind,
             checkpoint=self.checkpoint(checkpoint),
             dtype=self.recipe.model.dtype,
-            lora=None,
+            tuning=None,
             optimizer=None,
             head_learning_rate=None,
             max_tokens_per_microbatch=self.stage.max_tokens_per_microbatch,
@@ -181,7 +191,7 @@ class StageContext:
 
 
 def largest_adapter(recipe: Recipe) -> Lora | None:
-    """Return the adapter of the highest rank that a stage of the recipe trains; None where all train every weight."""
-    own = [getattr(stage, "lora", None) for stage in recipe.stages]
-    adapters = [adapter for adapter in (recipe.lora, *own) if isinstance(adapter, Lora)]
+    """Return the adapter of the highest rank that a stage of the recipe trains; None where none trains any."""
+    own = [getattr(stage, "tuning", None) for stage in recipe.stages]
+    adapters = [adapter for adapter in (recipe.tuning, *own) if isinstance(adapter, Lora)]
     return max(adapters, key=lambda adapter: adapter.r, default=None)

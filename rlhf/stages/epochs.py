@@ -1,4 +1,4 @@
-"""The loop that SFT, reward modelling and preference training share."""
+"""The loop that SFT, classification, reward modelling and preference training share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from rlhf.data.sampler import batches
+from rlhf.data.sampler import batches, steps
 from rlhf.engines.base import Objective
 from rlhf.engines.schedule import lr_scale
 from rlhf.errors import GuardError
@@ -15,6 +15,7 @@ from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.stage_base import Training
 from rlhf.roles import Learner
 from rlhf.stages.context import StageContext
+from rlhf.stages.heldout import Heldout, Trained
 from rlhf.types import Rows
 
 MAX_SKIPPED = 5
@@ -28,15 +29,23 @@ def train_epochs(
     objective: Objective,
     stage: Training,
     context: StageContext,
-) -> None:
+    heldout: Sequence[Row] = (),
+) -> Trained:
     """Train on shuffled batches of `rows` for the stage's epochs, one optimizer step per batch.
 
-    Stops early when the recipe's budget is used up; a preference stage's `save_every` writes `checkpoints/step-<n>`.
+    The `heldout` rows are evaluated before the first step, as the stage's `evaluations` says, and after the last step;
+    the learner is left with the weights that stay by its `keep`. Stops early when the recipe's budget is used up; a
+    preference stage's `save_every` writes `checkpoints/step-<n>`.
     """
     plan = list(batches(len(rows), stage.batch_size, stage.epochs, context.seed("order")))
+    epoch = steps(len(rows), stage.batch_size, 1)
+    watched = Heldout(learner, heldout, collate, objective, stage, context)
     context.tracker.begin("training", len(plan))
     with context.recovery.going_on([learner]) as going:
-        skipped = going.carried.get("skipped", 0)
+        step, skipped = going.step, going.carried.get("skipped", 0)
+        watched.take_up(going.carried)
+        if heldout and not step:
+            context.tracker.log(0, watched.measure(0))
         for index, picked in enumerate(plan[going.step :], start=going.step):
             if context.spent() >= 1:
                 break
@@ -52,11 +61,17 @@ def train_epochs(
                     f"the gradient was not finite {skipped} steps in a row;"
                     " lower optimizer.learning_rate or use float32"
                 )
+            step = index + 1
             tokens = batch.token_count()
             context.tracker.spend(gradient_tokens=tokens)
             speed = tokens / (time.perf_counter() - start)
             extra = {"learning_rate": scale * stage.optimizer.learning_rate, "tokens_per_second": speed}
-            context.tracker.log(index + 1, {**metrics, **extra})
-            if isinstance(stage, PreferenceStage) and stage.save_every and (index + 1) % stage.save_every == 0:
-                learner.save(context.folder / "checkpoints" / f"step-{index + 1}").result()
-            going.done(index + 1, partial(dict, skipped=skipped))
+            if watched.due(step, total, epoch):
+                extra |= watched.measure(step, final=step == len(plan))
+            context.tracker.log(step, {**metrics, **extra})
+            if isinstance(stage, PreferenceStage) and stage.save_every and step % stage.save_every == 0:
+                learner.save(context.folder / "checkpoints" / f"step-{step}").result()
+            going.done(step, partial(dict, skipped=skipped, **watched.carry()))
+        if heldout and (watched.last is None or watched.last.step != step):  # the budget ended before the plan
+            context.tracker.log(step, watched.measure(step, final=True))
+    return watched.settle(step)

@@ -19,9 +19,11 @@ from rlhf.errors import GuardError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.online_schema import Agreement
 from rlhf.recipe.stage_schema import CompareStage
+from rlhf.report.samples import ChatScore
 from rlhf.rewards.skips import Skips
 from rlhf.roles import Reference, RewardSource
 from rlhf.stages.context import StageContext
+from rlhf.stages.retention import Retained, chat_scores
 from rlhf.types import PreferenceBatch, Rollout, Sampling, TokenBatch
 
 
@@ -32,7 +34,7 @@ class Drawn:
     `entropy` `[B]` is the mean of its token entropies in each response, in nats; `foreign` says that its tokenizer is
     not the baseline's.
     `margins` `[P]` are log p(chosen) - log p(rejected) of the held-out pairs, `[0]` where there are none or where the
-    model has another tokenizer than the pairs.
+    model has another tokenizer than the pairs. `retention` has its scores of the retention chats, where it is asked.
     """
 
     rollouts: list[Rollout]
@@ -40,6 +42,7 @@ class Drawn:
     entropy: Tensor
     margins: Tensor
     foreign: bool
+    retention: tuple[ChatScore, ...] = ()
 
 
 def draw(
@@ -50,8 +53,12 @@ def draw(
     pairs: Sequence[Pair],
     stage: CompareStage,
     context: StageContext,
+    retained: Retained | None = None,
 ) -> Drawn:
-    """Sample a model (a candidate, or `candidate/step-3`) with the stage's settings; all models get the same seeds."""
+    """Sample a model (a candidate, or `candidate/step-3`) with the stage's settings; all models get the same seeds.
+
+    Its scores of the held-out `pairs` and the `retained` chats come with it.
+    """
     prompts = tokenize_prompts(rows, tokenizer, stage.max_prompt_tokens)
     engine = context.launcher.rollout(context.rollout(name))
     policy = context.launcher.policy(context.frozen("policy", "causal", name, stage.temperature))
@@ -61,12 +68,16 @@ def draw(
     batch = collate_rollouts(rollouts, tokenizer.pad_id)
     mask, scores = batch.response_mask, policy.logprobs(batch).result()
     _check_served(name, scores.logprobs, batch)
+    margins = _margins(policy, pairs, tokenizer.pad_id)
+    if retained and stage.temperature != 1:
+        policy = context.launcher.policy(context.frozen("policy", "causal", name))
     return Drawn(
         rollouts=rollouts,
         logprobs=sequence_logprobs(scores.logprobs, mask),
         entropy=scores.entropy.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1),
-        margins=_margins(policy, pairs, tokenizer.pad_id),
+        margins=margins,
         foreign=foreign,
+        retention=chat_scores(retained, policy, tokenizer, context.checkpoint(name)) if retained else (),
     )
 
 

@@ -41,7 +41,7 @@ def run(stage: KtoStage, context: StageContext) -> Summary:
     """
     tokenizer = context.tokenizer(stage.policy)
     split = load_examples(stage, context, tokenizer)
-    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora)
+    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.tuning)
     policy = context.launcher.policy(spec)
     prompts = [_split(row.sequence)[0] for row in split.train]
     sides = [(rows, mismatches(rows, prompts, stage.max_length)) for rows in (split.train, split.heldout)]
@@ -53,14 +53,12 @@ def run(stage: KtoStage, context: StageContext) -> Summary:
     )
     batch = partial(labelled_batch, policy, pad_id=tokenizer.pad_id)
     objective = Kto(stage.beta, stage.desirable_weight, stage.undesirable_weight)
-    train_epochs(policy, train, batch, objective, stage, context)
+    trained = train_epochs(policy, train, batch, objective, stage, context, heldout)
     summary: Summary = {"rows": len(train), "desirable": sum(row.labelled.desirable for row in train) / len(train)}
-    if heldout:
-        measured = policy.evaluate(batch(heldout), objective).result()
-        summary |= {"heldout_rows": len(heldout), **{f"heldout_{name}": measured[name] for name in measured}}
-        if split.paired:
-            summary["heldout_pair_accuracy"] = _pair_accuracy(policy, heldout, tokenizer.pad_id)
-    policy.save(context.folder / "model").result()
+    summary |= {"heldout_rows": len(heldout), **trained.summary()}
+    if heldout and split.paired:
+        summary["heldout_pair_accuracy"] = _pair_accuracy(policy, heldout, tokenizer.pad_id)
+    context.save(policy)
     return summary
 
 

@@ -27,7 +27,7 @@ def run(stage: AnyOnlineStage, context: StageContext) -> Summary:
     context.tracker.begin("", stage.steps)
     loop = overlapped if staleness(stage) else in_turn
     receipt = loop(Training(stage, context, roles, method, watched, prompts, tokenizer.pad_id))
-    roles.policy.save(context.folder / "model").result()
+    context.save(roles.policy)
     return {"steps": receipt.version, "weight_version": receipt.version, "publish_bytes": receipt.bytes}
 
 
@@ -47,7 +47,7 @@ def start_roles(stage: AnyOnlineStage, context: StageContext, tokenizer: ChatTok
     """Start all roles, the method's critic included."""
     launcher = context.launcher
     policy = launcher.policy(
-        context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora, temperature=stage.temperature)
+        context.trained("policy", "causal", stage.policy, stage.optimizer, stage.tuning, temperature=stage.temperature)
     )
     if reference_in_policy(context.recipe, stage):
         reference: Reference = SharedReference(policy)

@@ -115,7 +115,7 @@ def start_estimator(stage: PolicyGradientStage, context: StageContext) -> Estima
     match stage:
         case PpoStage():
             start = stage.reward.stage if isinstance(stage.reward, ModelJudge) else stage.policy
-            spec = context.trained("critic", "scalar", start, stage.critic_optimizer, stage.critic_lora)
+            spec = context.trained("critic", "scalar", start, stage.critic_optimizer, stage.critic_tuning)
             return WithCritic(context.launcher.critic(spec), stage)
         case GrpoStage():
             return AgainstGroup(group_normalised)

@@ -11,6 +11,7 @@ import torch
 
 from rlhf.algorithms.preference import PAIR_LOSSES, PairLoss
 from rlhf.data.collate import collate_pairs
+from rlhf.data.lazy import Lazy
 from rlhf.data.sequences import TokenPair, TokenSequence
 from rlhf.engines.preference_objectives import Preference
 from rlhf.recipe.preference_schema import REFERENCE_FREE, AnyPairStage
@@ -26,14 +27,14 @@ ReferencedPair = tuple[TokenPair, float, float]
 
 
 def run(stage: AnyPairStage, context: StageContext) -> Summary:
-    """Train on the pairs and save the merged policy; the held-out accuracy is of the loss's own implicit reward.
+    """Train on the pairs and save the merged policy; the held-out metrics are of the loss's own implicit reward.
 
     The policy before its first step is the reference, so its logprobs are computed once, up front, or not at
     all: where the loss does not read them, or an earlier run has left them (`reference_sums`).
     """
     tokenizer = context.tokenizer(stage.policy)
     split = load_pairs(stage, context, tokenizer)
-    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.lora)
+    spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.tuning)
     policy = context.launcher.policy(spec)
     collate = partial(_collate, pad_id=tokenizer.pad_id)
     groups = (split.train, split.heldout)
@@ -43,12 +44,9 @@ def run(stage: AnyPairStage, context: StageContext) -> Summary:
         sums = reference_sums(policy, spec, [_sides(pairs) for pairs in groups], tokenizer.pad_id, context)
         train, heldout = map(_referenced, groups, sums)
     objective = Preference(pair_loss(stage))
-    train_epochs(policy, train, collate, objective, stage, context)
-    summary: Summary = {"pairs": len(train)}
-    if heldout:
-        measured = policy.evaluate(collate(heldout), objective).result()
-        summary |= {"heldout_pairs": len(heldout), **{f"heldout_{name}": measured[name] for name in measured}}
-    policy.save(context.folder / "model").result()
+    trained = train_epochs(policy, train, collate, objective, stage, context, heldout)
+    summary: Summary = {"pairs": len(train), "heldout_pairs": len(heldout), **trained.summary()}
+    context.save(policy)
     return summary
 
 
@@ -59,16 +57,16 @@ def pair_loss(stage: AnyPairStage) -> PairLoss:
     return partial(loss, **{name: getattr(stage, name) for name in settings})
 
 
-def _sides(pairs: Sequence[TokenPair]) -> list[TokenSequence]:
-    return [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+def _sides(pairs: Sequence[TokenPair]) -> Sequence[TokenSequence]:
+    return Lazy(lambda i: pairs[i // 2].rejected if i % 2 else pairs[i // 2].chosen, 2 * len(pairs))
 
 
-def _referenced(pairs: Sequence[TokenPair], sums: Sequence[float]) -> list[ReferencedPair]:
-    return list(zip(pairs, sums[::2], sums[1::2], strict=True))
+def _referenced(pairs: Sequence[TokenPair], sums: Sequence[float]) -> Sequence[ReferencedPair]:
+    return Lazy(lambda i: (pairs[i], sums[2 * i], sums[2 * i + 1]), len(pairs))
 
 
-def _unreferenced(pairs: Sequence[TokenPair]) -> list[ReferencedPair]:
-    return [(pair, 0.0, 0.0) for pair in pairs]
+def _unreferenced(pairs: Sequence[TokenPair]) -> Sequence[ReferencedPair]:
+    return Lazy(lambda i: (pairs[i], 0.0, 0.0), len(pairs))
 
 
 def _collate(rows: Sequence[ReferencedPair], pad_id: int) -> PreferenceBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rlhf import checkpoint
 from rlhf.checkpoint import Saved
 from rlhf.interrupts import Interrupts
+from rlhf.manifest import DamagedManifest, read_manifest
 from rlhf.recipe.schema import Recovery
 from rlhf.roles import Pending
 from rlhf.tracking import Tracker
@@ -95,6 +96,12 @@ class StageRecovery:
             self.tracker.rewind(saved.info["tracker"])
             self.tracker.say(f"goes on after step {saved.step}")
             yield Going(self, kept, saved.step, saved.info["carried"])
+
+    def carried(self) -> Iterator[Carried]:
+        """Yield what the loop took along in each state on disk."""
+        for folder in checkpoint.states(self.root):
+            with suppress(DamagedManifest):
+                yield read_manifest(folder)["info"]["carried"]
 
     def is_due(self, step: int) -> bool:
         """Return whether the recipe wants the state after a step on disk."""

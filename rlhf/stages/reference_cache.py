@@ -81,7 +81,7 @@ def _content(spec: LearnerSpec, context: StageContext) -> dict[str, Any]:
     on_gpu = accelerators(context.recipe, context.stage) > 0
     return {
         "model": folder_digest(spec.checkpoint),
-        "settings": settings | {"lora": spec.lora.model_dump(mode="json") if spec.lora else None},
+        "settings": settings | {"tuning": spec.tuning.model_dump(mode="json") if spec.tuning else None},
         "device": "gpu" if on_gpu else [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": _code_digest(),

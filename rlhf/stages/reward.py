@@ -28,11 +28,11 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
     tokenizer = context.tokenizer(stage.init)
     split = load_pairs(stage, context, tokenizer)
     spec = context.trained(
-        "reward", "scalar", stage.init, stage.optimizer, stage.lora, head_learning_rate=stage.head_learning_rate
+        "reward", "scalar", stage.init, stage.optimizer, stage.tuning, head_learning_rate=stage.head_learning_rate
     )
     model = context.launcher.reward(spec)
     collate = partial(collate_pairs, pad_id=tokenizer.pad_id)
-    train_epochs(model, split.train, collate, RewardModel(), stage, context)
+    trained = train_epochs(model, split.train, collate, RewardModel(), stage, context, split.heldout)
     chosen, rejected = _scores(model, collate(split.train[:STANDARDISING_PAIRS]))
     everything = torch.cat([chosen, rejected])
     std = float(everything.std())
@@ -40,11 +40,11 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
         raise GuardError("the reward model gives every training response the same score; raise the learning rates")
     model.standardise(float(everything.mean()), std).result()
     summary: Summary = {"pairs": len(split.train), "train_accuracy": _accuracy(chosen, rejected)}
-    if split.heldout:
+    summary |= {"heldout_pairs": len(split.heldout), **trained.summary()}
+    if split.judged:
         chosen, rejected = _scores(model, collate(split.heldout))
-        summary |= {"heldout_pairs": len(split.heldout), "heldout_accuracy": _accuracy(chosen, rejected)}
         summary |= _agreement(stage, context, split.judged, chosen > rejected, tokenizer.pad_id)
-    model.save(context.folder / "model").result()
+    context.save(model)
     return summary
 
 
@@ -61,8 +61,6 @@ def _agreement(
     stage: RewardStage, context: StageContext, judged: Sequence[Pair], prefers_chosen: Tensor, pad_id: int
 ) -> Summary:
     """Return the accuracy against the judge's noise-free order, and against gold where the recipe names it."""
-    if not judged:
-        return {}
     truth = torch.tensor([pair.chosen_score > pair.rejected_score for pair in judged])
     summary: Summary = {"judge_accuracy": float((prefers_chosen == truth).float().mean())}
     if stage.gold:

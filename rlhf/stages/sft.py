@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from rlhf.data.best import best_sequences, read_best
 from rlhf.data.collate import collate
-from rlhf.data.reading import read_conversations
+from rlhf.data.reading import each_conversation
 from rlhf.data.sequences import TokenSequence
-from rlhf.data.tokenize import conversation_sequences
+from rlhf.data.store import stored
+from rlhf.data.synthesized import CHATS, synthesized_conversations
+from rlhf.data.tokenize import conversation_sequence, conversation_sequences
 from rlhf.engines.objectives import Sft
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.base import StageData
 from rlhf.recipe.stage_schema import SftStage
 from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs
+from rlhf.stages.heldout import split_sequences
 
 Summary = dict[str, float | str | bool]
 
 
 def run(stage: SftStage, context: StageContext) -> Summary:
-    """Train on the assistant's tokens, or on the best samples of an annotate stage, and save the merged model."""
+    """Train on the assistant's tokens and save the merged model.
+
+    The data are a file's chats, those of a synthesize stage, or the best samples of an annotate stage.
+    """
     tokenizer = context.tokenizer(stage.init)
-    sequences = _sequences(stage, context, tokenizer)
-    policy = context.launcher.policy(context.trained("policy", "causal", stage.init, stage.optimizer, stage.lora))
-    train_epochs(policy, sequences, partial(collate, pad_id=tokenizer.pad_id), Sft(), stage, context)
-    policy.save(context.folder / "model").result()
-    return {"rows": len(sequences)}
+    train, heldout = split_sequences(stage, _sequences(stage, context, tokenizer), context)
+    policy = context.launcher.policy(context.trained("policy", "causal", stage.init, stage.optimizer, stage.tuning))
+    trained = train_epochs(policy, train, partial(collate, pad_id=tokenizer.pad_id), Sft(), stage, context, heldout)
+    context.save(policy)
+    return {"rows": len(train), "heldout_rows": len(heldout), **trained.summary()}
 
 
-def _sequences(stage: SftStage, context: StageContext, tokenizer: ChatTokenizer) -> list[TokenSequence]:
+def _sequences(stage: SftStage, context: StageContext, tokenizer: ChatTokenizer) -> Sequence[TokenSequence]:
     if isinstance(stage.data, StageData):
-        return best_sequences(read_best(context.outputs[stage.data.stage] / "best.jsonl"))
-    return conversation_sequences(read_conversations(stage.data), tokenizer, stage.max_length)
+        folder = context.outputs[stage.data.stage]
+        if (folder / CHATS).is_file():
+            return conversation_sequences(synthesized_conversations(folder), tokenizer, stage.max_length)
+        return best_sequences(read_best(folder / "best.jsonl"))
+    return stored(conversation_sequence(row, tokenizer, stage.max_length) for row in each_conversation(stage.data))

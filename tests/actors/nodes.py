@@ -56,7 +56,7 @@ def two_stages(roles: str) -> str:
     return f"""\
 name: two
 model: {{path: "tiny://llama", dtype: float32}}
-lora: full
+tuning: {{kind: full}}
 roles: {roles}
 stages:
   - name: sft

@@ -19,9 +19,11 @@ from rlhf.engines.adapter import adapter_settings
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import RecipeError
-from rlhf.models.lora import adapter_config, adapter_weights, add_lora, merged_weights, trainable_parameters
-from rlhf.recipe.base import Lora
+from rlhf.models.adapter import adapter_config, adapter_weights
+from rlhf.models.merging import merged_weights
+from rlhf.models.tuning import apply_tuning, trainable_parameters
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.tuning_schema import Lora
 from rlhf.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -37,7 +39,7 @@ class Policy:
     """A LoRA policy with the methods that `publish` needs."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.model: PeftModel = add_lora(open_model(folder), LORA, "causal", seed)
+        self.model: PeftModel = apply_tuning(open_model(folder), LORA, seed)
         self.change(seed)
 
     @torch.no_grad()
@@ -66,7 +68,7 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 @pytest.fixture(scope="module")
 def replica(local_ray: None, folders: list[Path]) -> Iterator[Any]:
     spec = RolloutSpec(folders[0], "float32", ROLE, max_length=256, threads=1, seed=0, lora=LORA)
-    replica = Replica.options(num_cpus=1, runtime_env={"env_vars": vllm_environment(1, 1)}).remote(spec)
+    replica = Replica.options(num_cpus=1, runtime_env={"env_vars": vllm_environment(spec)}).remote(spec)
     ray.get(replica.ping.remote(), timeout=DEADLINE_S)
     yield replica
     ray.kill(replica)
@@ -111,5 +113,5 @@ def test_the_engine_has_room_for_the_rank(tmp_path, r, rank):
 
 def test_a_rank_beyond_vllm_is_refused(tmp_path):
     spec = RolloutSpec(tmp_path, "float32", ROLE, max_length=8, threads=1, seed=0, lora=Lora(r=1000))
-    with pytest.raises(RecipeError, match=r"rank 512, and lora.r is 1000"):
+    with pytest.raises(RecipeError, match=r"rank 512, and tuning.r is 1000"):
         adapter_settings(spec)

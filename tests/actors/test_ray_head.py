@@ -10,13 +10,12 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from actors import head
 from actors.head import HeadWatch
+from tests.chaos.interrupts import MARK, marked, orphans
 
-MARK = "RLHF_HEAD_TEST"
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke" / "preference.yaml"
 
 
@@ -57,18 +56,6 @@ def test_who_has_stopped_does_not_give_up(listener: socket.socket, monkeypatch: 
     assert not lost.wait(1)
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Return the living processes that carry a mark in their environment."""
-    found = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if process.environ().get(MARK) == mark and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_run_whose_head_is_killed_ends_and_leaves_nothing(tmp_path: Path) -> None:
@@ -85,7 +72,4 @@ def test_a_run_whose_head_is_killed_ends_and_leaves_nothing(tmp_path: Path) -> N
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 4, said[-2000:]
     assert "is gone, and with it every process of this run; the same command goes on" in said
-    ends = time.monotonic() + 30
-    while (left := marked(mark)) and time.monotonic() < ends:
-        time.sleep(0.2)
-    assert not left
+    assert orphans(mark) == 0

@@ -27,8 +27,9 @@ from actors.worker import learner_environment
 from rlhf.data.collate import collate_rollouts
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.errors import LostProcess, TrainingError
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.tuning_schema import Full, Lora
 from rlhf.types import Prompt, Rollout, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -48,7 +49,8 @@ def number(_: int = 0) -> Any:
 
 def spec(trained: bool, folder: Path = Path("model"), seed: int = 0, kind: Any = "causal") -> LearnerSpec:
     optimizer = Optimizer(learning_rate=0.01) if trained else None
-    return LearnerSpec("policy", kind, folder, "float32", None, optimizer, None, 4096, 1.0, 1, seed)
+    tuning = Full() if trained else None
+    return LearnerSpec("policy", kind, folder, "float32", tuning, optimizer, None, 4096, 1.0, 1, seed)
 
 
 def policy() -> RayModel:
@@ -293,7 +295,7 @@ def test_real_models_give_what_they_give_undisturbed(local_ray, tiny_folder):
     rollout = RolloutSpec(tiny_folder, "float32", RolloutRole(engine="transformers"), 128, threads=1, seed=0)
     here = {"num_cpus": 0, "runtime_env": {"env_vars": learner_environment()}}
     group = RankGroup("policy", [ray.remote(LearnerActor).options(**here).remote()], DEADLINE_S)
-    group.build(replace(spec(True, tiny_folder, seed=3), lora=Lora(r=4, alpha=8)))
+    group.build(replace(spec(True, tiny_folder, seed=3), tuning=Lora(r=4, alpha=8)))
     tuned, engine = RayModel(group), two_replicas(lambda _: Replica.options(**here).remote(rollout), DEADLINE_S, 3)
     tuned.publish(engine, 1).result()
     undisturbed = engine.generate(QUESTIONS, Sampling(48), DRAWS).result()

@@ -23,7 +23,7 @@ from rlhf.engines.environment import vllm_environment
 from rlhf.engines.served import ServedWeights
 from rlhf.engines.shared_memory import Checksum, Outbox
 from rlhf.errors import TrainingError
-from rlhf.models.lora import merged_weights
+from rlhf.models.merging import merged_weights
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.types import Prompt, Sampling
@@ -36,7 +36,7 @@ PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") fo
 
 
 def start(spec: RolloutSpec) -> Any:
-    environment = vllm_environment(spec.threads, spec.role.kv_cache_gib)
+    environment = vllm_environment(spec)
     return Replica.options(num_cpus=1, runtime_env={"env_vars": environment}).remote(spec)
 
 

@@ -20,7 +20,7 @@ from rollout_oracle import differences, open_model, perturb
 from actors.rollout import RolloutActor
 from actors.weights import publish
 from rlhf.engines.base import RolloutSpec
-from rlhf.models.lora import merged_weights
+from rlhf.models.merging import merged_weights
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.types import Prompt, Sampling
 

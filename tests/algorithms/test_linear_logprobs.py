@@ -6,6 +6,7 @@ import torch
 from rlhf.algorithms import linear_logprobs as module
 from rlhf.algorithms.linear_logprobs import linear_logprobs, linear_token_scores
 from rlhf.algorithms.logprobs import entropies, selected_logprobs
+from tests.benchmarks.fused_logprobs import peak_bytes
 
 TOKENS, HIDDEN, VOCABULARY = 7, 5, 13
 ROW = 4 * VOCABULARY
@@ -199,19 +200,7 @@ def test_holds_a_chunk_of_logits_beside_what_it_keeps(kept, copies, monkeypatch)
     h = torch.randn(tokens, hidden, requires_grad=True)
     w = torch.randn(vocabulary, hidden, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,))
-    ours = peak(lambda: linear_logprobs(h, w, targets).sum().backward())
+    ours = peak_bytes(lambda: linear_logprobs(h, w, targets).sum().backward())
     logits = tokens * row
     assert copies * logits < ours < copies * logits + 40 * row
-    assert peak(lambda: plain(h, w, targets).sum().backward()) > 2.9 * logits
-
-
-def peak(work):
-    """Return the most bytes that `work` had allocated at any time."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        work()
-    live = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most
+    assert peak_bytes(lambda: plain(h, w, targets).sum().backward()) > 2.9 * logits

@@ -193,7 +193,7 @@ def test_a_loss_names_its_settings_as_the_recipe_does_and_knows_all_of_them(stag
     (kind,) = get_args(stage.model_fields["kind"].annotation)
     first, *settings = signature(PAIR_LOSSES[kind]).parameters
     shared = {"policy", "data", "heldout_fraction", "save_every", "kind"}
-    trained = {"name", "seed", "max_tokens_per_microbatch", "lora", "optimizer", "batch_size", "epochs", "max_length"}
+    trained = {"name", "seed", "max_tokens_per_microbatch", "tuning", "optimizer", "batch_size", "epochs", "max_length"}
     assert first == "pairs"
     assert set(settings) == set(stage.model_fields) - shared - trained
 

@@ -18,7 +18,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
 
     def make(**more: Any) -> Recipe:
         stage = {"name": "sft", "kind": "sft", **OWN_STAGES["sft"]}
-        keys = {"name": "tiny", "model": {"path": "tiny://llama", "dtype": "float32"}, "lora": "full"}
+        keys = {"name": "tiny", "model": {"path": "tiny://llama", "dtype": "float32"}, "tuning": {"kind": "full"}}
         return Recipe.model_validate({**keys, "stages": [stage], **more})
 
     return make

@@ -20,7 +20,7 @@ from rlhf.bench.rollouts import measure_rollouts, published, rollout_spec
 from rlhf.bench.setting import BATCH, LEARNERS, Setting
 from rlhf.errors import LostProcess, ResourceError
 from rlhf.local import LocalRollout
-from rlhf.recipe.base import Lora
+from rlhf.recipe.tuning_schema import Full, Lora
 from rlhf.roles import WeightReceipt
 
 LAYERS = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
@@ -51,9 +51,10 @@ def test_ceilings_are_positive_and_finite(tiny_setting):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", LEARNERS)
-@pytest.mark.parametrize("lora", ["full", Lora(r=4)])
-def test_learners_learn_and_have_a_limit(tiny_recipe, kind, lora):
-    setting = replace(Setting.of(tiny_recipe(lora=lora), seconds=0.01), cores=1)
+@pytest.mark.parametrize("tuning", [Full(), Lora(r=4)])
+def test_learners_learn_and_have_a_limit(tiny_recipe, kind, tuning):
+    full = isinstance(tuning, Full)
+    setting = replace(Setting.of(tiny_recipe(tuning=tuning), seconds=0.01), cores=1)
     on = str(Place("cpu", setting.threads(kind)))
     (figure,) = measure_learner(kind, setting, [Figure("gemm float32", 1.0, on)])
     assert (figure.name, figure.on) == (kind, on)
@@ -61,10 +62,10 @@ def test_learners_learn_and_have_a_limit(tiny_recipe, kind, lora):
     batch, _ = task(kind, setting, Drawer(262, 512), Place("cpu", 1))
     work = useful(kind, batch)
     head = 64 if kind == "reward" else 64 * 262
-    products = LAYERS * work.tokens * (3 if lora == "full" else 2)
-    products += head * work.scored * (3 if lora == "full" or kind == "reward" else 2)
+    products = LAYERS * work.tokens * (3 if full else 2)
+    products += head * work.scored * (3 if full or kind == "reward" else 2)
     products += 3 * 2 * 128 * work.pairs
-    products += 0 if lora == "full" else 3 * 8192 * work.tokens
+    products += 0 if full else 3 * 8192 * work.tokens
     assert figure.limit == pytest.approx(batch.token_count() * 1e12 / (2 * products))
 
 
@@ -141,7 +142,7 @@ def half_a_ray(_: Setting) -> Iterator[Mapping[str, object]]:
 
 def test_what_fails_is_reported_and_the_rest_goes_on(tiny_recipe):
     said: list[str] = []
-    recipe = tiny_recipe(lora=Lora(target_modules=["nothing"]))
+    recipe = tiny_recipe(tuning=Lora(target_modules=["nothing"]))
     result = measure(Options(recipe, ["learners", "ray"], seconds=0.01), no_ray, said.append)
     by_name = {figure.name: figure for figure in result.figures}
     assert set(by_name) == set(KINDS) - {"rollouts", "publish", "publish rate"}

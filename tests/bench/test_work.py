@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 from rlhf.bench.batches import collated
 from rlhf.bench.work import Cost, Decoder, Work
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora
 from rlhf.models.scalar import load_scalar
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning
 from rlhf.recipe.model_shape import read_shape
+from rlhf.recipe.tuning_schema import Lora
 
 LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
 """Queries, keys and values (one head for two), output, and three maps of the MLP."""
@@ -23,7 +23,7 @@ def test_cost_of_the_tiny_model(tiny_folder):
 
 
 def test_lora_freezes_body_and_head(tiny_folder):
-    cost = Cost.of(add_lora(load_causal(tiny_folder, "float32"), Lora(r=4), "causal", seed=0))
+    cost = Cost.of(apply_tuning(load_causal(tiny_folder, "float32"), Lora(r=4), seed=0))
     widths = [64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64]
     assert cost == Cost(2 * LAYER, 2 * 4 * sum(widths), 64 * 262, 2 * 64, trains_body=False, trains_head=False)
 

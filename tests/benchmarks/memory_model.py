@@ -33,9 +33,10 @@ from rlhf.engines.learner import ModelLearner
 from rlhf.engines.objectives import RewardModel, Sft
 from rlhf.models.tiny import byte_tokenizer
 from rlhf.recipe.activations import Pass
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.base import Optimizer
 from rlhf.recipe.memory import Cut, learner_memory
 from rlhf.recipe.model_shape import Model, read_shape
+from rlhf.recipe.tuning_schema import Full, Lora
 from rlhf.types import PreferenceBatch, TokenBatch
 from tests.benchmarks._figures import command_line, give
 
@@ -160,6 +161,13 @@ def work(case: Case, learner: ModelLearner) -> None:
                 learner.values(batch(case, case.rows))
 
 
+def tuning(case: Case) -> Full | Lora | None:
+    """Return what of the case's model trains."""
+    if case.work not in ("train", "reward"):
+        return None
+    return Lora() if case.lora else Full()
+
+
 def spec(case: Case, folder: Path) -> LearnerSpec:
     """Describe the case's model as a stage would."""
     trained = case.work in ("train", "reward")
@@ -168,7 +176,7 @@ def spec(case: Case, folder: Path) -> LearnerSpec:
         kind="scalar" if case.work in ("reward", "value") else "causal",
         checkpoint=folder,
         dtype=case.dtype,
-        lora=Lora() if trained and case.lora else None,
+        tuning=tuning(case),
         optimizer=Optimizer() if trained else None,
         head_learning_rate=None,
         max_tokens_per_microbatch=case.budget,
@@ -187,8 +195,7 @@ def predict(case: Case, folder: Path) -> tuple[int, dict[str, int]]:
         shape,
         case.dtype,
         scalar=case.work in ("reward", "value"),
-        trained=trained,
-        lora=Lora() if trained and case.lora else None,
+        tuning=tuning(case),
     )
     rows = min(case.rows, max(1, case.budget // case.width))
     tokens = rows * case.width

@@ -24,7 +24,6 @@ from rich.table import Table
 
 from actors.worker import learner_environment
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.environment import vllm_environment
 from rlhf.models.loading import resolve_model
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe.role_schema import RolloutRole
@@ -52,7 +51,7 @@ def run_vllm(folder: Path, count: int, tokens: int, threads: int, rounds: int) -
     """Return tokens a second of each round."""
     from rlhf.engines.vllm_generate import VllmEngine
 
-    role = RolloutRole(max_sequences=count, kv_cache_gib=1)
+    role = RolloutRole(max_sequences=count)
     engine = VllmEngine(RolloutSpec(folder, "bfloat16", role, 128 + tokens, threads, seed=1))
     asked, found = prompts(folder, count), []
     for number in range(rounds + 1):
@@ -88,7 +87,9 @@ def run_transformers(folder: Path, count: int, tokens: int, threads: int, rounds
 def arm(name: Arm, options: Any) -> list[float]:
     """Run one arm in a process of its own."""
     numbers = [str(getattr(options, key)) for key in ("batch", "tokens", "threads", "rounds")]
-    environment = os.environ | learner_environment() | vllm_environment(options.threads, 1)
+    environment = (
+        os.environ | learner_environment() | {"OMP_NUM_THREADS": str(options.threads), "GOMP_SPINCOUNT": "10000"}
+    )
     command = [sys.executable, "-m", "tests.benchmarks.rollouts", "--arm", name, *numbers]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:

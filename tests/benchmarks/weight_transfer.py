@@ -44,12 +44,14 @@ from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.engines.served import ServedWeights
 from rlhf.engines.shared_memory import Bucket, Inbox
+from rlhf.models.adapter import adapter_config, adapter_weights
 from rlhf.models.loading import resolve_model
-from rlhf.models.lora import adapter_config, adapter_weights, add_lora, merged_weights, trainable_parameters
+from rlhf.models.merging import merged_weights
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning, trainable_parameters
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.recipe.schema import ModelSource
+from rlhf.recipe.tuning_schema import Lora
 from rlhf.types import Prompt, Sampling
 from tests.benchmarks._figures import command_line, give
 
@@ -102,7 +104,7 @@ class LoraPolicy:
     """What `publish` asks of a policy with adapters."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        self.model: PeftModel = add_lora(open_model(folder, getattr(torch, dtype)), LORA, "causal", seed=0)
+        self.model: PeftModel = apply_tuning(open_model(folder, getattr(torch, dtype)), LORA, seed=0)
 
     @torch.no_grad()
     def change(self, seed: int) -> None:
@@ -158,7 +160,7 @@ def start(folder: Path, dtype: str, threads: int, role: RolloutRole) -> Any:
     """Start a vLLM replica."""
     actor = ray.remote(concurrency_groups={"generate": 1})(TimedReplica)
     spec = RolloutSpec(folder, dtype, role, max_length=512, threads=threads, seed=0, lora=LORA)  # type: ignore[arg-type]
-    return actor.options(num_cpus=1, runtime_env={"env_vars": vllm_environment(threads, 1)}).remote(spec)
+    return actor.options(num_cpus=1, runtime_env={"env_vars": vllm_environment(spec)}).remote(spec)
 
 
 def updates(folder: Path, dtype: str, threads: int, rounds: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from rlhf.recipe.base import HttpJudge
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.upload import collect
 from rlhf.report.html import write_html
-from rlhf.report.results import CandidateSamples, Sample
+from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.statistics import compare
 from rlhf.report.table import comparison_table
 from rlhf.rewards.remote import HttpReward

@@ -23,7 +23,7 @@ MEASURED = re.compile("time|seconds_.*|tokens_per_second")
 RECIPE = """\
 name: faults
 model: {{path: "tiny://llama", dtype: float32}}
-lora: {{r: 4}}
+tuning: {{kind: lora, r: 4}}
 ray: {{call_timeout_s: 30}}
 recovery: {{every_steps: 1, restarts: 1000}}
 roles: {{reference: {{}}, rollout: {{engine: transformers}}}}

@@ -40,7 +40,7 @@ JUDGE = "JUDGE_ACCESS"
 ONLINE = """\
 name: canary
 model: {path: "tiny://llama", dtype: float32}
-lora: full
+tuning: {kind: full}
 backend: local
 roles: {rollout: {engine: transformers}}
 stages:

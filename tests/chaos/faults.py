@@ -24,6 +24,8 @@ from tests.chaos.row import Row, only
 COUNT = 200
 LONGEST_S = 300.0
 SERVER = ("500", "429", "reset", "timeout")
+BURST = 0.4
+"""Probability that a fault of the reward server follows another before the run has made a step."""
 THROUGH_RAY = {"rollout killed": 10, "reference killed": 7, "policy killed": 4, "critic killed": 4, "rollout hung": 2}
 IN_ONE = {"SIGINT": 5, "SIGTERM": 5, "killed while saving": 6, "disk full": 4}
 EXPECTED = (130, 143, 4, -9)
@@ -52,8 +54,8 @@ def inject(fault: str, run: Run, server: Server, rng: random.Random) -> bool:
     time.sleep(rng.uniform(0, 0.3))
     role, _, what = fault.partition(" ")
     if fault in SERVER:
-        server.faults.append(fault)
-    elif fault in ("SIGINT", "SIGTERM"):
+        return met(fault, run, server)
+    if fault in ("SIGINT", "SIGTERM"):
         run.process.send_signal(getattr(signal, fault))
     elif fault == "killed while saving":
         return killed_while_saving(run)
@@ -65,6 +67,31 @@ def inject(fault: str, run: Run, server: Server, rng: random.Random) -> bool:
             victim.send_signal(signal.SIGSTOP if what == "hung" else signal.SIGKILL)
         return bool(victims)
     return run.ended() is None
+
+
+def met(fault: str, run: Run, server: Server) -> bool:
+    """Let the reward server's next answer be a fault; return whether the run asked for one."""
+    before = server.met
+    server.faults.append(fault)
+    ends = time.monotonic() + LONGEST_S
+    while server.met == before and run.ended() is None and asks(run) and time.monotonic() < ends:
+        time.sleep(0.02)
+    server.faults.clear()
+    return server.met > before
+
+
+def asks(run: Run) -> bool:
+    """Return whether a run is still in PPO, which asks the reward server."""
+    return run.progress() < STEPS["ppo"]
+
+
+def due(faults: list[str], run: Run) -> str | None:
+    """Take the next fault that the run can meet where it is: DPO has a policy and nothing else."""
+    in_ppo = asks(run)
+    for index in reversed(range(len(faults))):
+        if in_ppo or faults[index] in IN_ONE or faults[index].startswith("policy"):
+            return faults.pop(index)
+    return None
 
 
 def killed_while_saving(run: Run) -> bool:
@@ -80,25 +107,28 @@ def killed_while_saving(run: Run) -> bool:
 
 def until_the_end(run: Run, faults: list[str], server: Server, rng: random.Random, wrong: dict[str, int]) -> int:
     """Start a run, again and again where a fault ends it, until it is done; return how many faults it met."""
-    met = 0
+    count = 0
     run.start()
     while True:
-        if faults and moved(run, run.progress()):
-            met += inject(faults[-1], run, server, rng)
-            ends = faults.pop() in IN_ONE
-        else:
-            ends = True
-        if not ends:
-            continue
+        fault = due(faults, run)
+        sooner = fault in SERVER and rng.random() < BURST
+        if fault and moved(run, run.progress() - sooner):
+            found = inject(fault, run, server, rng)
+            count += found
+            faults += [] if found else [fault]
+            if fault not in IN_ONE:
+                continue
+        elif fault:
+            faults.append(fault)
         code = run.wait(LONGEST_S)
         wrong["hangs"] += code is None
         if code == 0:
-            return met
+            return count
         if code not in (*EXPECTED, None):
             wrong["failed runs"] += 1
             print(f"{run.folder.name}: exit code {code}: {run.last_words()}", file=sys.stderr)
         if run.starts > 2 * COUNT:
-            return met
+            return count
         run.start()
 
 

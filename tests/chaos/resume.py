@@ -27,7 +27,7 @@ from rlhf.local import LocalLauncher
 from rlhf.manifest import read_manifest
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 from rlhf.tracking import Tracker
 from tests.chaos.row import Row, only
 
@@ -39,19 +39,20 @@ JUDGE = f'{{kind: function, path: "{DATA}/rewards/smoke.py:judge"}}'
 ONLINE = f"""policy: sft, prompts: {{path: {DATA}/data/smoke_prompts.jsonl}}, steps: {STEPS}, prompts_per_step: 4,
      samples_per_prompt: 2, minibatch_size: 4, max_prompt_tokens: 64, max_response_tokens: 8, target_kl: 3,
      optimizer: {{learning_rate: 5e-3}}"""
+WATCHED = "heldout_fraction: 0.1, evaluations: 5, optimizer: {learning_rate: 2e-2}"
 RECIPE = f"""\
 name: resumed
 model: {{path: "tiny://llama", dtype: float32}}
-lora: {{r: 4, dropout: 0.1}}
+tuning: {{kind: lora, r: 4, dropout: 0.1}}
 backend: local
 recovery: {{every_minutes: 1000}}
 roles: {{rollout: {{engine: transformers}}}}
 stages:
-  - {{name: sft, kind: sft, data: {{path: {DATA}/data/smoke_sft.jsonl, limit: 80}}, batch_size: 2}}
+  - {{name: sft, kind: sft, data: {{path: {DATA}/data/smoke_sft.jsonl}}, batch_size: 2, {WATCHED}}}
   - {{name: pairs, kind: annotate, policy: sft, prompts: {{path: {DATA}/data/smoke_prompts.jsonl}}, judge: {JUDGE},
-     samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 8, heldout_fraction: 0}}
-  - {{name: rm, kind: reward, init: sft, data: {{stage: pairs}}, batch_size: 2}}
-  - {{name: dpo, kind: dpo, policy: sft, data: {{stage: pairs}}, batch_size: 2}}
+     samples_per_prompt: 4, max_prompt_tokens: 64, max_response_tokens: 8, heldout_fraction: 0.2}}
+  - {{name: rm, kind: reward, init: sft, data: {{stage: pairs}}, batch_size: 2, {WATCHED}}}
+  - {{name: dpo, kind: dpo, policy: sft, data: {{stage: pairs}}, batch_size: 2, {WATCHED}}}
   - {{name: ppo, kind: ppo, reward: {{kind: model, stage: rm}}, {ONLINE}}}
   - {{name: grpo, kind: grpo, reward: {JUDGE}, {ONLINE}}}
   - {{name: late, kind: grpo, reward: {JUDGE}, staleness: 1, {ONLINE}}}
@@ -83,7 +84,7 @@ def go(folder: Path, stage: str, *steps: int) -> bool:
     one_core = replace(local_resources(), cpus=1)
     with (
         patch.object(Tracker, "log", lambda *arguments: stopped(*arguments)),
-        patch("rlhf.run.local_resources", lambda: one_core),
+        patch("rlhf.recipe_run.local_resources", lambda: one_core),
     ):
         try:
             run_recipe(loaded, LocalLauncher, folder, Console(quiet=True))
@@ -123,7 +124,7 @@ def run(count: int, rng: random.Random) -> Row:
         (Path(name) / "recipe.yaml").write_text(RECIPE)
         twin = Path(name) / "twin"
         assert go(twin, "late")
-        steps = {kind: len(final(twin, kind)[0]) for kind in kinds}
+        steps = {kind: final(twin, kind)[0][-1]["step"] for kind in kinds}
         last = {}
         for kind in kinds:
             folder = Path(name) / f"last-{kind}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +23,14 @@ class Row:
         """Return the row in one line."""
         said = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         return f"{'ok' if self.passed else 'MISSED'}  {self.name}: {said} (aim: {self.aim})"
+
+
+def measure(name: str, share: float, seed: int) -> tuple[Row, float]:
+    """Run one row; return it and its seconds."""
+    module = importlib.import_module(f"tests.chaos.{name}")
+    began = time.monotonic()
+    row = module.run(max(1, round(module.COUNT * share)), random.Random(seed))
+    return row, time.monotonic() - began
 
 
 def only(run: Callable[[int, random.Random], Row], count: int) -> None:

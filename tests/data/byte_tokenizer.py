@@ -1,12 +1,12 @@
 """A chat tokenizer over bytes whose ids can be worked out by hand.
 
-Ids 0-255 are bytes; 256 pad, 257 end-of-sequence, 258 user, 259 assistant, 260 system.
+Ids 0-255 are bytes; 256 pad, 257 end-of-sequence, 258 user, 259 assistant, 260 system, 261 tool.
 """
 
 from collections.abc import Sequence
 
-PAD, EOS, USER, ASSISTANT, SYSTEM = range(256, 261)
-ROLE_IDS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
+PAD, EOS, USER, ASSISTANT, SYSTEM, TOOL = range(256, 262)
+ROLE_IDS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL}
 
 Messages = Sequence[dict[str, str]]
 
@@ -29,6 +29,9 @@ class ByteTokenizer:
 
     def completion_ids(self, messages: Messages, response: str) -> tuple[list[int], list[int]]:
         return self.prompt_ids(messages), [*response.encode(), EOS]
+
+    def text_ids(self, text: str) -> list[int]:
+        return [*text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")

@@ -66,7 +66,9 @@ def test_a_hub_dataset_names_its_split_and_row(tmp_path, monkeypatch):
     assert [row.chosen for row in rows] == ["Gladly,\nsir.", "yes"]
     with pytest.raises(DataError) as error:
         read_preferences(HubData(hub=hub, columns={"chosen": "best"}))
-    assert str(error.value) == f"{hub}[train]:1: column 'best' missing (it is to be our 'chosen')"
+    assert str(error.value) == (
+        f"{hub}[train]:1: column 'best' missing (it is to be our 'chosen'; found: prompt, chosen, rejected, margin)"
+    )
     with pytest.raises(DataError, match=r"hub\[test\]: cannot be loaded: .*split"):
         read_preferences(HubData(hub=hub, split="test"))
 

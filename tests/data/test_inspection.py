@@ -100,6 +100,7 @@ PURPOSES = {
     "prompts": [{"prompt": "a"}, {"prompt": "a", "answer": 4}],
     "preferences": [{"chosen": [], "rejected": []}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
     "labelled": [{"prompt": "a", "completion": "b", "label": True}],
+    "classes": [{"text": "a", "label": 1}, {"sentence": "a", "label": "good"}],
 }
 
 

@@ -79,7 +79,8 @@ MESSAGE_ROWS = {
     '{"messages": [{"role": "user", "content": null}]}': "messages[0]: 'content' must be a string, not null",
     '{"messages": [{"role": "user", "content": ""}]}': "messages[0]: 'content' is empty",
     '{"messages": [{"role": "bot", "content": "hi"}]}': (
-        "messages[0]: unknown role 'bot' (known: system, user, human, assistant, gpt)"
+        "messages[0]: unknown role 'bot' (known: system, user, human, assistant, gpt, chatgpt, function_call, tool, "
+        "observation, function_response)"
     ),
     '{"messages": [{"role": "user", "content": "hi"}, {"role": "system", "content": "x"}]}': (
         "column 'messages': only the first message may be the system's"
@@ -90,7 +91,7 @@ MESSAGE_ROWS = {
     '{"instruction": "i", "output": 4}': "column 'output' must be a string, not an integer",
     '{"question": "q", "answer": "a"}': (
         "no known columns (found: question, answer; known: messages, conversations, prompt, completion, "
-        "instruction, output)"
+        "instruction, output); perhaps columns: {prompt: question, completion: answer}"
     ),
 }
 
@@ -160,4 +161,7 @@ def test_a_missing_renamed_column_names_both(tmp_path):
     path.write_bytes(GOOD)
     with pytest.raises(DataError) as error:
         read_preferences(PathData(path=path, columns={"chosen": "better"}))
-    assert str(error.value) == f"{path}:1: column 'better' missing (it is to be our 'chosen')"
+    assert (
+        str(error.value)
+        == f"{path}:1: column 'better' missing (it is to be our 'chosen'; found: prompt, chosen, rejected)"
+    )

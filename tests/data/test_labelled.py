@@ -71,7 +71,7 @@ REFUSED = {
     '{"prompt": "p", "completion": [{"role": "user", "content": "x"}], "label": true}': (
         "column 'completion' must be the prompt and one message of the assistant"
     ),
-    '{"question": "q"}': "no known columns (found: question; known: label, completion, chosen, rejected)",
+    '{"question": "q"}': "no known columns (found: question; known: label, completion, prompt, chosen, rejected)",
 }
 
 
@@ -93,13 +93,13 @@ def test_the_first_row_decides_for_the_file(tmp_path):
 def test_the_format_of_another_purpose_is_a_recipe_error(tmp_path):
     data = source(tmp_path, SINGLE["text"], format="kto")
     for read, purpose, known in (
-        (read_preferences, "preference pairs", "auto, preference"),
+        (read_preferences, "preference pairs", "auto, hh_rlhf, ultrafeedback, ranking, preference"),
         (read_conversations, "chats to imitate", "auto, messages, prompt_completion"),
     ):
         with pytest.raises(RecipeError) as error:
             read(data)
         assert str(error.value) == f"{data.path}: format 'kto' does not hold {purpose} (use {known})"
-    with pytest.raises(RecipeError, match=r"does not hold labelled answers \(use auto, kto, preference\)"):
+    with pytest.raises(RecipeError, match=r"does not hold labelled answers \(use auto, kto, hh_rlhf, preference\)"):
         read_labelled(source(tmp_path, SINGLE["text"], format="messages"))
 
 

@@ -23,9 +23,10 @@ from rlhf.engines.policy_objectives import ClippedPolicy, ClippedValue
 from rlhf.engines.preference_objectives import Kto, Preference
 from rlhf.models.flat_attention import use_flat_attention
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora
 from rlhf.models.scalar import load_scalar
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.models.tuning import apply_tuning
+from rlhf.recipe.base import Optimizer
+from rlhf.recipe.tuning_schema import Lora
 from rlhf.types import Experience, LabelledBatch, PreferenceBatch, Rows, TokenBatch, ValueBatch
 
 OPTIMIZER = Optimizer(learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0.5)
@@ -130,7 +131,7 @@ def build_model(
     model = load_causal(folder, dtype) if kind == "causal" else load_scalar(folder, dtype, seed=1)
     if flat:
         use_flat_attention(model)
-    return add_lora(model, Lora(r=4, alpha=8), kind, seed=1) if lora else model
+    return apply_tuning(model, Lora(r=4, alpha=8), seed=1) if lora else model
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

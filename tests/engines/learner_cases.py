@@ -14,13 +14,39 @@ from rlhf.engines.base import LearnerSpec
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.offloading import Parked, tensors_of
 from rlhf.engines.shares import Part
-from rlhf.recipe.base import Lora
 from rlhf.recipe.role_schema import ZeroStage
+from rlhf.recipe.tuning_schema import (
+    Full,
+    Ia3,
+    Layers,
+    LlamaAdapter,
+    Lora,
+    PrefixTuning,
+    PTuning,
+    Qlora,
+    Tuning,
+)
+from rlhf.recipe.tuning_support import support
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 24
 BUCKET = 80_000
 """Bytes: a few of the model's matrices, the largest of which has 67,072."""
+
+
+TUNINGS: dict[str, Tuning] = {
+    "full": Full(),
+    "lora": Lora(r=4, alpha=8),
+    "dora": Lora(r=4, dora=True),
+    "pissa": Lora(r=4, init="pissa"),
+    "qlora": Qlora(r=4),
+    "ia3": Ia3(),
+    "llama_adapter": LlamaAdapter(tokens=4),
+    "prefix_tuning": PrefixTuning(virtual_tokens=3),
+    "p_tuning": PTuning(virtual_tokens=3, encoder_size=12),
+    "layers": Layers(last=1),
+}
+OTHERS = [name for name in TUNINGS if name not in ("full", "lora")]
 
 
 @dataclass(frozen=True)
@@ -29,14 +55,14 @@ class LearnerCase:
 
     objective: str
     stage: ZeroStage
-    lora: bool = False
+    tuning: str = "full"
     frozen: bool = False
     park: bool = False
     whole: bool = False
 
     def __str__(self) -> str:
-        marks = [name for name in ("lora", "frozen", "park", "whole") if getattr(self, name)]
-        return "-".join([f"{self.objective}-zero{self.stage}", *marks])
+        marks = [name for name in ("frozen", "park", "whole") if getattr(self, name)]
+        return "-".join([f"{self.objective}-zero{self.stage}-{self.tuning}", *marks])
 
     def spec(self, folder: Path, ranks: int) -> LearnerSpec:
         return LearnerSpec(
@@ -44,7 +70,7 @@ class LearnerCase:
             kind=CASES[self.objective].kind,
             checkpoint=folder,
             dtype="float32",
-            lora=Lora(r=4, alpha=8) if self.lora else None,
+            tuning=None if self.frozen else TUNINGS[self.tuning],
             optimizer=None if self.frozen else OPTIMIZER,
             head_learning_rate=HEAD_RATE,
             max_tokens_per_microbatch=MAX_TOKENS if ranks > 1 else 10**6,
@@ -56,15 +82,22 @@ class LearnerCase:
         )
 
 
-PARKED: list[tuple[ZeroStage, bool]] = [(0, False), (1, False), (2, True), (3, False), (3, True)]
+PARKED: list[tuple[ZeroStage, str]] = [(0, "full"), (1, "full"), (2, "lora"), (3, "full"), (3, "lora")]
 
 LEARNER_CASES = [
-    LearnerCase("sft", 0, True),
-    *(LearnerCase("sft", stage, adapters, park=park) for stage, adapters in PARKED for park in (False, True)),
+    LearnerCase("sft", 0, "lora"),
+    *(LearnerCase("sft", stage, tuning, park=park) for stage, tuning in PARKED for park in (False, True)),
     LearnerCase("reward", 2),
     LearnerCase("reward", 3),
-    LearnerCase("reward", 3, True, whole=True),
+    LearnerCase("reward", 3, "lora", whole=True),
     *(LearnerCase(name, stage, frozen=True) for name in ("sft", "reward") for stage in (2, 3)),
+    *(
+        LearnerCase("sft", stage, name)
+        for name in OTHERS
+        for stage in (2, 3)
+        if stage == 2 or support(TUNINGS[name]).cut
+    ),
+    *(LearnerCase("reward", 3, name) for name in ("dora", "prefix_tuning")),
 ]
 
 
@@ -95,10 +128,13 @@ def go_round(case: LearnerCase, folder: Path, ranks: int, target: Path) -> Round
     evaluated = learner.evaluate(batch, chosen.objective).sums
     parts = ask(learner, case)
     whole = Whole(learner)
-    weights = copies(learner.weights, whole)
-    adapter = copies(learner.adapter_weights, whole) if case.lora else {}
-    learner.save(target)
-    saved = load_file(target / "model.safetensors") if learner.rank == 0 else {}
+    able = support(TUNINGS[case.tuning])
+    weights = copies(learner.weights, whole) if able.merges else {}
+    adapter = copies(learner.adapter_weights, whole) if able.adapter and not case.frozen else {}
+    saved = {}
+    if able.merges:
+        learner.save(target)
+        saved = load_file(target / "model.safetensors") if learner.rank == 0 else {}
     found = Round(trained, evaluated, parts, weights, adapter, saved, whole.most, whole.bytes())
     learner.close()
     return found
@@ -109,7 +145,7 @@ def ask(learner: ModelLearner, case: LearnerCase) -> dict[str, Part]:
     batch = token_batch()
     if learner.spec.kind == "causal":
         found = {"policy": learner.logprobs(batch), "one": learner.logprobs(batch.select([1]))}
-        return found | ({"base": learner.logprobs(batch, "base")} if case.lora else {})
+        return found | ({"base": learner.logprobs(batch, "base")} if support(TUNINGS[case.tuning]).reference else {})
     found = {"scores": learner.scores(batch), "values": learner.values(batch)}
     if not case.frozen:
         learner.standardise(0.5, 2.0)

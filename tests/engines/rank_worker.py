@@ -13,7 +13,7 @@ from rank_cases import RANK_CASES, Outcome, RankCase, drive
 
 from rlhf.engines import ranks, zero_config
 from rlhf.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf.models import lora
+from rlhf.models import merging
 from rlhf.models.recompute import recompute_activations
 
 MAX_TOKENS = 24
@@ -34,7 +34,7 @@ def main() -> None:
     folder, job, rank, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     ranks.join(rank, 2, "127.0.0.1", port, DEADLINE_S)
-    lora.BUCKET = BUCKET
+    merging.BUCKET = BUCKET
     for case in LEARNER_CASES:
         zero_config.WHOLE_BELOW = 100_000 if case.whole else 0
         torch.save(go_round(case, folder, 2, job / f"saved-{case}"), job / f"{case}-{rank}.pt")

@@ -25,6 +25,7 @@ from rlhf.engines.objectives import Sft  # noqa: E402
 from rlhf.engines.shares import token_scores  # noqa: E402
 from rlhf.recipe.base import Optimizer  # noqa: E402
 from rlhf.recipe.role_schema import RolloutRole  # noqa: E402
+from rlhf.recipe.tuning_schema import Full  # noqa: E402
 from rlhf.types import Prompt, Sampling  # noqa: E402
 
 pytestmark = [
@@ -48,14 +49,14 @@ def policy(folder: Path, devices: str) -> Any:
     environment = learner_environment() | {"CUDA_VISIBLE_DEVICES": devices}
     actor = ray.remote(LearnerActor).options(num_cpus=1, runtime_env={"env_vars": environment}).remote()
     optimizer = Optimizer(learning_rate=1e-4, schedule="constant")
-    spec = LearnerSpec("policy", "causal", folder, "bfloat16", None, optimizer, None, 4096, 1.0, 4, 3)
+    spec = LearnerSpec("policy", "causal", folder, "bfloat16", Full(), optimizer, None, 4096, 1.0, 4, 3)
     ray.get(actor.build.remote(spec), timeout=DEADLINE_S)
     return actor
 
 
 def replica(folder: Path, devices: str, role: RolloutRole) -> Any:
-    environment = vllm_environment(4, 1) | {"CUDA_VISIBLE_DEVICES": devices}
     spec = RolloutSpec(folder, "bfloat16", role, max_length=512, threads=4, seed=0)
+    environment = vllm_environment(spec) | {"CUDA_VISIBLE_DEVICES": devices}
     actor = Replica.options(num_cpus=1, runtime_env={"env_vars": environment}).remote(spec)
     ray.get(actor.ping.remote(), timeout=DEADLINE_S)
     return actor

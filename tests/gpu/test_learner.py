@@ -16,9 +16,10 @@ from rlhf.engines.learner import ModelLearner
 from rlhf.engines.objectives import Sft
 from rlhf.engines.shares import token_scores
 from rlhf.recipe.activations import Pass
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.base import Optimizer
 from rlhf.recipe.memory import Cut, learner_memory
 from rlhf.recipe.model_shape import Model, read_shape
+from rlhf.recipe.tuning_schema import Full, Lora, Tuning
 from rlhf.types import TokenBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -50,7 +51,7 @@ def spec(gpu_folder: Path) -> LearnerSpec:
         kind="causal",
         checkpoint=gpu_folder,
         dtype="bfloat16",
-        lora=None,
+        tuning=Full(),
         optimizer=Optimizer(learning_rate=1e-4, schedule="constant"),
         head_learning_rate=None,
         max_tokens_per_microbatch=ROWS * WIDTH // 4,
@@ -108,19 +109,19 @@ def test_offload_frees_the_device_and_reload_changes_nothing(spec: LearnerSpec, 
     assert learner.train(batch(), Sft(), [range(ROWS)], 1.0)["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize("lora", [None, Lora(r=16)])
+@pytest.mark.parametrize("tuning", [Full(), Lora(r=16)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_model_is_right_within_a_fifth(
-    spec: LearnerSpec, build: Build, lora: Lora | None, checkpointing: bool
+    spec: LearnerSpec, build: Build, tuning: Tuning, checkpointing: bool
 ) -> None:
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    learner = build(replace(spec, lora=lora, gradient_checkpointing=checkpointing))
+    learner = build(replace(spec, tuning=tuning, gradient_checkpointing=checkpointing))
     rows = random_tokens(7, [WIDTH] * ROWS, [32] * ROWS)
     for _ in range(2):
         learner.train(rows, Sft(), [range(ROWS)], 1.0)
     measured = torch.cuda.max_memory_allocated() - base
-    model = Model(read_shape(spec.checkpoint), "bfloat16", scalar=False, trained=True, lora=lora)
+    model = Model(read_shape(spec.checkpoint), "bfloat16", scalar=False, tuning=tuning)
     tokens = spec.max_tokens_per_microbatch
     work = Pass(tokens, WIDTH, tokens // WIDTH * (WIDTH - 32), passes=4, masked=False)
     learn = learner_memory(model, work, Cut(1, checkpointing=checkpointing), on_gpu=True).learn

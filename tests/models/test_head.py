@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.models.head import plain_head
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning
+from rlhf.recipe.tuning_schema import Lora
 
 SMALL: dict[str, Any] = {
     "vocab_size": 262,
@@ -64,5 +64,5 @@ def test_the_model_is_left_as_it_was(tiny_folder: Path) -> None:
 
 
 def test_adapters_in_the_layers_leave_the_head_plain(tiny_folder: Path) -> None:
-    model = add_lora(load_causal(tiny_folder, "float32"), Lora(r=2, alpha=4), "causal", seed=1)
+    model = apply_tuning(load_causal(tiny_folder, "float32"), Lora(r=2, alpha=4), seed=1)
     assert plain_head(model) is model.get_base_model().lm_head.weight

@@ -14,9 +14,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from rlhf.errors import RecipeError
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import adapters_off, add_lora, merged_weights, trainable_parameters
+from rlhf.models.merging import merged_weights
 from rlhf.models.scalar import load_scalar
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import adapters_off, apply_tuning, trainable_parameters
+from rlhf.recipe.tuning_schema import Lora
 
 TOKENS = torch.randint(6, 262, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -24,7 +25,7 @@ TOKENS = torch.randint(6, 262, (2, 12), generator=torch.Generator().manual_seed(
 def adapted(folder: Path, dtype: str = "float32", kind: Literal["causal", "scalar"] = "causal") -> PeftModel:
     """A model whose adapters are not zero, as after training."""
     model = load_causal(folder, dtype) if kind == "causal" else load_scalar(folder, dtype, seed=2)
-    peft = add_lora(model, Lora(r=4, alpha=10), kind, seed=5)
+    peft = apply_tuning(model, Lora(r=4, alpha=10), seed=5)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in trainable_parameters(peft):
@@ -40,13 +41,13 @@ def logits(model: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_adapters_change_nothing_and_have_the_models_dtype(tiny_folder: Path, dtype: str) -> None:
     plain = logits(load_causal(tiny_folder, dtype))
-    peft = add_lora(load_causal(tiny_folder, dtype), Lora(), "causal", seed=0)
+    peft = apply_tuning(load_causal(tiny_folder, dtype), Lora(), seed=0)
     assert torch.equal(logits(peft), plain)
     assert {parameter.dtype for parameter in peft.parameters()} == {getattr(torch, dtype)}
 
 
 def test_all_linear_adapts_the_layers_but_not_the_head(tiny_folder: Path) -> None:
-    peft = add_lora(load_causal(tiny_folder, "float32"), Lora(r=4), "causal", seed=0)
+    peft = apply_tuning(load_causal(tiny_folder, "float32"), Lora(r=4), seed=0)
     names = {name for name, parameter in peft.named_parameters() if parameter.requires_grad}
     assert len(names) == 2 * 7 * 2
     assert all("lora_" in name and "layers" in name for name in names)
@@ -55,7 +56,7 @@ def test_all_linear_adapts_the_layers_but_not_the_head(tiny_folder: Path) -> Non
 
 
 def test_scalar_trains_adapters_and_the_whole_head(tiny_folder: Path) -> None:
-    peft = add_lora(load_scalar(tiny_folder, "float32", seed=0), Lora(r=4), "scalar", seed=0)
+    peft = apply_tuning(load_scalar(tiny_folder, "float32", seed=0), Lora(r=4), seed=0)
     others = {n for n, p in peft.named_parameters() if p.requires_grad and "lora_" not in n}
     assert others == {"base_model.model.score.weight"}
     peft(input_ids=TOKENS).logits.sum().backward()
@@ -64,7 +65,7 @@ def test_scalar_trains_adapters_and_the_whole_head(tiny_folder: Path) -> None:
 
 def test_seed_decides_the_adapters_whatever_the_global_state(tiny_folder: Path) -> None:
     def first(seed: int) -> Tensor:
-        return trainable_parameters(add_lora(load_causal(tiny_folder, "float32"), Lora(), "causal", seed))[0].detach()
+        return trainable_parameters(apply_tuning(load_causal(tiny_folder, "float32"), Lora(), seed))[0].detach()
 
     torch.manual_seed(1)
     a = first(3)
@@ -153,4 +154,4 @@ def test_fused_experts_get_their_checkpoint_names(tmp_path: Path) -> None:
 )
 def test_wrong_targets_are_recipe_errors(tiny_folder: Path, target: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        add_lora(load_causal(tiny_folder, "float32"), Lora(target_modules=target), "causal", seed=0)
+        apply_tuning(load_causal(tiny_folder, "float32"), Lora(target_modules=target), seed=0)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from rlhf.engines.objectives import RewardModel, Sft
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora
 from rlhf.models.recompute import recompute_activations
 from rlhf.models.scalar import load_scalar
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning
+from rlhf.recipe.tuning_schema import Lora
 from rlhf.types import PreferenceBatch, TokenBatch
 
 
@@ -52,7 +52,7 @@ def gradients(model: nn.Module, objective: Any, rows: Any) -> tuple[dict[str, Te
 def test_gradients_are_the_same_from_less_memory(tiny_folder: Path, kind: str, lora: bool, width: int) -> None:
     def build() -> Any:
         model = load_causal(tiny_folder, "float32") if kind == "causal" else load_scalar(tiny_folder, "float32", 1)
-        return add_lora(model, Lora(r=4, dropout=0.1), kind, seed=1) if lora else model
+        return apply_tuning(model, Lora(r=4, dropout=0.1), seed=1) if lora else model
 
     objective, rows = (Sft(), batch(width=width)) if kind == "causal" else (RewardModel(), pairs())
     plain, again = build(), build()

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf.models import saving
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora, trainable_parameters
 from rlhf.models.saving import DType, save_merged
 from rlhf.models.tokenizer import ChatTokenizer, load_tokenizer
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning, trainable_parameters
+from rlhf.recipe.tuning_schema import Lora
 
 TOKENS = torch.arange(6, 46).reshape(2, 20)
 
@@ -37,7 +37,7 @@ def test_plain_model_reloads_bit_for_bit(tiny_folder: Path, tiny_tokenizer: Chat
 def test_adapted_model_reloads_merged(tiny_folder: Path, tiny_tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     base = load_causal(tiny_folder, "float32")
     untouched = logits(base)
-    model = add_lora(base, Lora(r=4), "causal", seed=0)
+    model = apply_tuning(base, Lora(r=4), seed=0)
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -53,7 +53,7 @@ def test_adapted_model_reloads_merged(tiny_folder: Path, tiny_tokenizer: ChatTok
 def test_config_tells_what_was_saved(
     tiny_folder: Path, tiny_tokenizer: ChatTokenizer, tmp_path: Path, dtype: DType
 ) -> None:
-    model = add_lora(load_causal(tiny_folder, "float32"), Lora(), "causal", seed=0)
+    model = apply_tuning(load_causal(tiny_folder, "float32"), Lora(), seed=0)
     save_merged(model, tiny_tokenizer, tmp_path, dtype)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], dtype)

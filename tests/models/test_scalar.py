@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.loading import load_causal
-from rlhf.models.lora import add_lora
 from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar, scalars
 from rlhf.models.tokenizer import ChatTokenizer
-from rlhf.recipe.base import Lora
+from rlhf.models.tuning import apply_tuning
+from rlhf.recipe.tuning_schema import Lora
 
 TOKENS = torch.randint(6, 262, (3, 10), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([10, 4, 7])
@@ -78,13 +78,13 @@ def test_values_are_float32_with_a_bfloat16_model(tiny_folder: Path) -> None:
 def test_values_with_fresh_adapters_are_the_same(tiny_folder: Path) -> None:
     model = load_scalar(tiny_folder, "float32", seed=1)
     before = values(model)
-    assert torch.equal(values(add_lora(model, Lora(), "scalar", seed=1)), before)
+    assert torch.equal(values(apply_tuning(model, Lora(), seed=1)), before)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_standardised_values_are_shifted_and_scaled_twice_over(tiny_folder: Path, wrapped: bool) -> None:
     model = load_scalar(tiny_folder, "float32", seed=1)
-    target = add_lora(model, Lora(), "scalar", seed=1) if wrapped else model
+    target = apply_tuning(model, Lora(), seed=1) if wrapped else model
     before = values(target)
     fold_standardisation(target, mean=0.4, std=2.5)
     torch.testing.assert_close(values(target), (before - 0.4) / 2.5)
@@ -110,7 +110,7 @@ def test_no_spread_cannot_be_standardised(tiny_folder: Path, std: float) -> None
 def test_reward_model_survives_saving_and_plain_transformers_agrees_up_to_a_shift(
     tiny_folder: Path, tiny_tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
-    model = add_lora(load_scalar(tiny_folder, "float32", seed=1), Lora(), "scalar", seed=1)
+    model = apply_tuning(load_scalar(tiny_folder, "float32", seed=1), Lora(), seed=1)
     fold_standardisation(model, mean=0.4, std=2.5)
     save_merged(model, tiny_tokenizer, tmp_path, "float32")
     reloaded = load_scalar(tmp_path, "float32", seed=99)

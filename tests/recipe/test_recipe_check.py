@@ -114,8 +114,8 @@ NEEDS = "but a language model is needed here (there are base, sft"
         ),
         (
             "stages:\n",
-            "lora: full\nroles: {rollout: {weights: adapter}}\nstages:\n",
-            "4:28: roles.rollout.weights: stage 'ppo' trains all weights, "
+            "tuning: {kind: full}\nroles: {rollout: {weights: adapter}}\nstages:\n",
+            "4:28: roles.rollout.weights: stage 'ppo' trains weights of the model itself, "
             "so there is no adapter to send; use weights: merged",
         ),
     ],

@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SFT = """
 name: one
 model: {path: "tiny://llama"}
-lora: full
+tuning: {kind: full}
 stages:
   - {name: sft, kind: sft, data: {path: rows.jsonl}, epochs: 3}
 """

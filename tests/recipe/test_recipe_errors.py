@@ -38,8 +38,8 @@ def message(folder, text, *overrides):
         (
             "kind: reward",
             "kind: rewrad",
-            "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'annotate', 'reward', 'ppo', "
-            "'grpo', 'dr_grpo', 'rloo', 'reinforce_pp', 'online_dpo', 'dpo', 'robust_dpo', 'ipo', 'hinge', 'simpo', "
+            "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'classify', 'synthesize', 'annotate', "
+            "'reward', 'ppo', 'grpo', 'dr_grpo', 'rloo', 'reinforce_pp', 'online_dpo', 'dpo', 'robust_dpo', 'ipo', 'hinge', 'simpo', "
             "'orpo', 'kto', 'compare', got 'rewrad' (did you mean reward?)",
         ),
         ("    kind: reward\n", "", "recipe.yaml:12:5: stages.rm.kind: required but missing"),
@@ -50,20 +50,44 @@ def message(folder, text, *overrides):
         ),
         (
             "name: trial",
-            "name: trial\nlora: ful",
-            "recipe.yaml:2:7: lora: must be a mapping of keys or 'full', got 'ful' (did you mean full?)",
-        ),
-        ("name: trial", "name: trial\nlora: {rr: 1}", "recipe.yaml:2:8: lora.rr: unknown key (did you mean r?)"),
-        ("name: trial", "name: trial\nlora: {r: 0}", "recipe.yaml:2:11: lora.r: must be greater than 0, got 0"),
-        (
-            "name: trial",
-            "name: trial\nlora: {target_modules: 3}",
-            "recipe.yaml:2:24: lora.target_modules: must be 'all-linear' or a list, got 3",
+            "name: trial\ntuning: full",
+            "recipe.yaml:2:9: tuning: must be a mapping of keys, got 'full' (write {kind: full})",
         ),
         (
             "name: trial",
-            "name: trial\nlora: {target_modules: [q, 3]}",
-            "recipe.yaml:2:28: lora.target_modules[1]: must be text, got 3",
+            "name: trial\ntuning: {kind: loar}",
+            "recipe.yaml:2:16: tuning.kind: must be one of 'full', 'lora', 'qlora', 'ia3', 'llama_adapter', "
+            "'prefix_tuning', 'prompt_tuning', 'p_tuning', 'bitfit', 'layers', got 'loar' (did you mean lora?)",
+        ),
+        (
+            "name: trial",
+            "name: trial\nlora: {r: 4}",
+            "recipe.yaml:2:1: lora: unknown key (write tuning: {kind: lora, r: 8})",
+        ),
+        (
+            "steps: 3",
+            "steps: 3\n    critic_lora: full",
+            "recipe.yaml:22:5: stages.ppo.critic_lora: unknown key (write critic_tuning: {kind: full})",
+        ),
+        (
+            "name: trial",
+            "name: trial\ntuning: {kind: lora, rr: 1}",
+            "recipe.yaml:2:22: tuning.rr: unknown key (did you mean r?)",
+        ),
+        (
+            "name: trial",
+            "name: trial\ntuning: {kind: lora, r: 0}",
+            "recipe.yaml:2:25: tuning.r: must be greater than 0, got 0",
+        ),
+        (
+            "name: trial",
+            "name: trial\ntuning: {kind: lora, target_modules: 3}",
+            "recipe.yaml:2:38: tuning.target_modules: must be 'all-linear' or a list, got 3",
+        ),
+        (
+            "name: trial",
+            "name: trial\ntuning: {kind: lora, target_modules: [q, 3]}",
+            "recipe.yaml:2:42: tuning.target_modules[1]: must be text, got 3",
         ),
         (
             "name: sft\n    kind: sft",
@@ -212,7 +236,7 @@ def test_alias_bombs_are_refused(folder):
     assert message(folder, chain) == "recipe.yaml:1:10: nested deeper than 50 levels"
 
 
-@pytest.mark.parametrize("ring", ["lora: &l {r: *l}\n", "lora: &l {<<: *l}\n"])
+@pytest.mark.parametrize("ring", ["tuning: &l {r: *l}\n", "tuning: &l {<<: *l}\n"])
 def test_an_alias_inside_its_own_anchor_is_refused(folder, text, ring):
     column = ring.index("*") + 1
     assert message(folder, text + ring) == f"recipe.yaml:36:{column}: *l stands inside of what it repeats"
@@ -221,7 +245,7 @@ def test_an_alias_inside_its_own_anchor_is_refused(folder, text, ring):
 @pytest.mark.parametrize("value", ["!!bool maybe", "!!binary aGk=", "!!set {a}", "!mine x", "!!omap [a: 1]"])
 def test_tags_are_refused(folder, text, value):
     plain = "only text, numbers, true, false and null are allowed; quote this value"
-    assert message(folder, text + f"lora: {value}\n") == f"recipe.yaml:36:7: {plain}"
+    assert message(folder, text + f"tuning: {value}\n") == f"recipe.yaml:36:9: {plain}"
 
 
 def test_line_breaks_in_a_key_stay_on_one_line(folder, text):

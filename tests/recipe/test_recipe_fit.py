@@ -30,7 +30,7 @@ GIB = 2**30
 GPUS = """\
 name: large
 model: {path: model}
-lora: full
+tuning: {kind: full}
 roles:
   policy: {gpus: 1, ranks: 4}
   reference: {gpus: 1}

@@ -47,10 +47,10 @@ def test_model_path(folder, text, path, expected):
 
 
 def test_numbers_follow_yaml_1_2(folder, text):
-    recipe = folder.load(text + "seed: 017\nlora: {alpha: 1e-5, target_modules: [yes, no]}\n").recipe
+    recipe = folder.load(text + "seed: 017\ntuning: {kind: lora, alpha: 1e-5, target_modules: [yes, no]}\n").recipe
     assert recipe.seed == 17
-    assert recipe.lora.alpha == 1e-5
-    assert recipe.lora.target_modules == ["yes", "no"]
+    assert recipe.tuning.alpha == 1e-5
+    assert recipe.tuning.target_modules == ["yes", "no"]
 
 
 def test_anchors_merge_keys_and_a_byte_order_mark(folder, text):
@@ -99,7 +99,7 @@ def test_an_override_path_is_relative_to_the_recipe(folder, text, monkeypatch):
 
 
 def test_extends_merges_deeply_and_stages_by_name(folder, text):
-    folder.write("base/base.yaml", text + "lora: {r: 4, alpha: 8}\n")
+    folder.write("base/base.yaml", text + "tuning: {kind: lora, r: 4, alpha: 8}\n")
     folder.write("base/data/sft.jsonl", "{}\n")
     folder.write("base/data/prompts.jsonl", "{}\n")
     folder.write("base/data/heldout.jsonl", "{}\n")
@@ -107,7 +107,7 @@ def test_extends_merges_deeply_and_stages_by_name(folder, text):
     child = """\
     extends: base/base.yaml
     name: child
-    lora: {r: 2}
+    tuning: {r: 2}
     stages:
       - {name: ppo, steps: 9}
       - {name: pairs, prompts: {path: data/prompts.jsonl}}
@@ -116,7 +116,7 @@ def test_extends_merges_deeply_and_stages_by_name(folder, text):
     """
     loaded = folder.load(child)
     recipe = loaded.recipe
-    assert (recipe.name, recipe.lora.r, recipe.lora.alpha) == ("child", 2, 8)
+    assert (recipe.name, recipe.tuning.r, recipe.tuning.alpha) == ("child", 2, 8)
     assert [item.name for item in recipe.stages] == ["sft", "pairs", "rm", "ppo", "dpo", "duel", "again"]
     assert (stage(loaded, "ppo").steps, stage(loaded, "ppo").prompts_per_step) == (9, 8)
     assert stage(loaded, "sft").data == HubData(hub="org/set")
@@ -132,7 +132,7 @@ def test_another_kind_replaces_instead_of_merging(folder, text):
 
 
 def test_resolved_yaml_round_trip(folder, text):
-    extra = "lora: {alpha: 1e-5, target_modules: ['yes', 'null', '1e-5', 'a: b', 'ü']}\noutput_dir: x y\n"
+    extra = "tuning: {kind: lora, alpha: 1e-5, target_modules: ['yes', 'null', '1e-5', 'a: b', 'ü']}\noutput_dir: x y\n"
     loaded = folder.load(text + extra, "stages.ppo.optimizer.learning_rate=1e-22")
     again = folder.path / "elsewhere/recipe.resolved.yaml"
     folder.write("elsewhere/recipe.resolved.yaml", resolved_yaml(loaded.recipe))

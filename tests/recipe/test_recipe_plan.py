@@ -126,7 +126,7 @@ def test_plan_of_the_tiny_model(folder, text):
 
 
 def test_full_training_of_one_role_only(folder, text):
-    plan = make_plan(folder.load(text, "stages.ppo.critic_lora=full"), MACHINE)
+    plan = make_plan(folder.load(text, "stages.ppo.critic_tuning={kind: full}"), MACHINE)
     roles = {role.role: role for role in plan.stages[3].roles}
     assert roles["critic"].trainable == roles["critic"].parameters
     assert roles["policy"].trainable < roles["policy"].parameters / 2

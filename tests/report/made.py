@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf.recipe.seeds import method
-from rlhf.report.results import CandidateSamples, Comparison, Cost, Sample
+from rlhf.report.results import Comparison, Cost
+from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.statistics import compare
 
 KINDS = ("sft", "ppo", "dpo")

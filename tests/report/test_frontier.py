@@ -5,7 +5,7 @@ import pytest
 from made import comparison, samples
 
 from rlhf.report.frontier import frontier_point, paths
-from rlhf.report.results import Sample
+from rlhf.report.samples import Sample
 
 
 def sample(prompt, gold, reward, kl, tokens):

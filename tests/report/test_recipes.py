@@ -5,7 +5,7 @@ from rlhf.report.recipes import RecipeDifference, recipe_differences
 
 def recipe(**changes):
     ppo = {"name": "ppo", "kind": "ppo", "kl_coef": 0.02, "optimizer": {"learning_rate": 1e-5}, "save_every": None}
-    return {"name": "one", "seed": 17, "lora": {"r": 16}, "roles": {"policy": {"gpus": 0}}, "stages": [ppo]} | changes
+    return {"name": "one", "seed": 17, "tuning": {"r": 16}, "roles": {"policy": {"gpus": 0}}, "stages": [ppo]} | changes
 
 
 def test_the_same_recipe_elsewhere_differs_in_nothing():
@@ -18,12 +18,12 @@ def test_the_same_recipe_elsewhere_differs_in_nothing():
 
 def test_changed_keys_are_named_with_their_values_in_order():
     stage = {"name": "ppo", "kind": "ppo", "kl_coef": 0.1, "optimizer": {"learning_rate": 1e-4}, "clip_range": 0.2}
-    found = recipe_differences([recipe(), recipe(lora="full", stages=[stage]), recipe()])
+    found = recipe_differences([recipe(), recipe(tuning="full", stages=[stage]), recipe()])
     assert found == [
-        RecipeDifference("lora.r", ("16", "-", "16")),
+        RecipeDifference("tuning.r", ("16", "-", "16")),
         RecipeDifference("stages.ppo.kl_coef", ("0.02", "0.1", "0.02")),
         RecipeDifference("stages.ppo.optimizer.learning_rate", ("1e-05", "0.0001", "1e-05")),
-        RecipeDifference("lora", ("-", "full", "-")),
+        RecipeDifference("tuning", ("-", "full", "-")),
         RecipeDifference("stages.ppo.clip_range", ("-", "0.2", "-")),
     ]
 

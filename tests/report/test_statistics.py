@@ -9,7 +9,8 @@ from made import comparison, samples, spent
 
 from rlhf.errors import TrainingError
 from rlhf.recipe.base import Budget
-from rlhf.report.results import CandidateSamples, Interval, Sample
+from rlhf.report.results import Interval
+from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.statistics import compare
 
 

@@ -16,12 +16,12 @@ from rlhf.errors import TrainingError
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 
 RECIPE = """\
 name: lossy
 model: {{path: "tiny://llama", dtype: float32}}
-lora: {{r: 4, alpha: 8}}
+tuning: {{kind: lora, r: 4, alpha: 8}}
 roles: {{rollout: {{engine: transformers}}}}
 stages:
   - {{name: pairs, kind: annotate, policy: base, prompts: {{path: p.jsonl}}, judge: {judge}, samples_per_prompt: 2,
@@ -44,7 +44,7 @@ def run(folder: Path, kind: str, **settings: Any) -> Path:
     with LocalServer(answer) as server, pytest.MonkeyPatch.context() as patch:
         judge = json.dumps({"kind": "http", "url": server.url, "batch_size": 2, **settings})
         (folder / "r.yaml").write_text(RECIPE.format(judge=judge, kind=kind))
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         recipe = load_recipe(folder / "r.yaml", ())
         return run_recipe(recipe, LocalLauncher, folder / "run", Console(record=True, width=200)) / "stages"
 

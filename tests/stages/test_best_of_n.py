@@ -22,7 +22,7 @@ from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.recipe.schema import ModelSource
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 from rlhf.types import Sampling
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -32,10 +32,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def folder(tmp_path_factory):
     """The recipe without its comparison, whose figures are made here by hand."""
     made = tmp_path_factory.mktemp("run")
-    loaded = load_recipe(RECIPES / "smoke" / "best_of_n.yaml", ("stages.samples.label_noise=0.5",))
+    changes = ("stages.samples.label_noise=0.5", "stages.best.heldout_fraction=0")
+    loaded = load_recipe(RECIPES / "smoke" / "best_of_n.yaml", changes)
     trained = loaded.recipe.model_copy(update={"stages": loaded.recipe.stages[:2]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         run_recipe(replace(loaded, recipe=trained), LocalLauncher, made, Console(record=True, width=200))
     return made / "stages"
 
@@ -83,7 +84,11 @@ def test_sft_trains_on_the_sampled_tokens_themselves(folder):
     rows = (folder / "best" / "metrics.jsonl").read_text().splitlines()
     tokens = sum(len(row.prompt_tokens) + len(row.response_tokens) for row in best)
     assert json.loads(rows[-1])["gradient_tokens"] == 12 * tokens
-    assert json.loads((folder / "best" / "done.json").read_text())["summary"] == {"rows": len(best)}
+    assert json.loads((folder / "best" / "done.json").read_text())["summary"] == {
+        "rows": len(best),
+        "heldout_rows": 0,
+        "kept_step": len(rows),
+    }
 
 
 def test_imitating_the_best_improves_the_reward(folder):

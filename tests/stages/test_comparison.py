@@ -39,7 +39,7 @@ def command(*words: object) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def one_core():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         yield
 
 

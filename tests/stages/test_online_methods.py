@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 METHODS = ["grpo", "dr_grpo", "rloo", "reinforce", "reinforce_group", "online_dpo", "ppo", "dapo"]
@@ -25,7 +25,7 @@ SHARED = {
 def run(folder: Path, name: str, *overrides: str) -> None:
     loaded = load_recipe(RECIPES / "smoke" / name, overrides)
     with pytest.MonkeyPatch.context() as patch:  # threads that wait for each other crawl on a busy machine
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         run_recipe(loaded, LocalLauncher, folder, Console(quiet=True))
 
 

@@ -13,7 +13,7 @@ from rlhf.data.pairs import read_pairs
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -23,13 +23,15 @@ def run(name: str, folder: Path, *overrides: str) -> str:
     loaded = load_recipe(RECIPES / "smoke" / name, overrides)
     console = Console(record=True, width=200, force_terminal=False)
     with pytest.MonkeyPatch.context() as patch:  # threads that wait for each other crawl on a busy machine
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         run_recipe(loaded, LocalLauncher, folder, console)
     return console.export_text()
 
 
 def rows(folder: Path, stage: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
+    """Return what each step logged; before the first one, held-out rows alone were evaluated."""
+    lines = (folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if (row := json.loads(line))["step"]]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,19 @@ def test_every_stage_finishes(finished):
 def test_sft_loss_falls(finished):
     losses = [row["loss"] for row in rows(finished[0], "sft")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("stage", "metric"), [("sft", "loss"), ("rm", "accuracy"), ("dpo", "margin")])
+def test_held_out_rows_are_evaluated_before_after_and_at_the_end_of_every_epoch(finished, stage, metric):
+    folder, _ = finished
+    lines = (folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+    losses = {row["step"]: row["heldout_loss"] for row in map(json.loads, lines) if f"heldout_{metric}" in row}
+    epochs = {"sft": 2, "rm": 3, "dpo": 1}[stage]
+    last = rows(folder, stage)[-1]["step"]
+    assert list(losses) == [last * epoch // epochs for epoch in range(epochs + 1)]
+    done = json.loads((folder / "stages" / stage / "done.json").read_text())["summary"]
+    assert done["heldout_loss"] == losses[done["kept_step"]] == min(list(losses.values())[1:])
+    assert "loss" not in json.loads(lines[0])
 
 
 def test_models_load_with_plain_transformers(finished):
@@ -107,6 +122,12 @@ def test_report_lists_candidates_and_paired_differences(finished):
     assert baseline["kl"] == 0
     assert baseline["win_rate"] == 0.5
     assert {d["candidate"] for d in report["differences"]} == {"ppo", "dpo"}
+    retained = {c["name"]: c["retention"] for c in report["candidates"]}
+    assert retained["sft"]["difference"] is None
+    for name in ("ppo", "dpo"):
+        gap = retained[name]["nll"] - retained["sft"]["nll"]
+        assert retained[name]["difference"]["difference"] == pytest.approx(gap)
+        assert (retained[name]["chats"], retained[name]["difference"]["n"]) == (12, 12)
     assert (folder / "report.html").stat().st_size > 100_000
     assert "report.html" in printed
 

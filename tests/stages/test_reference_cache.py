@@ -15,7 +15,8 @@ from rlhf.data.sequences import TokenSequence, answered
 from rlhf.engines.base import LearnerSpec
 from rlhf.local import LocalModel
 from rlhf.models.tiny import build_tiny
-from rlhf.recipe.base import Lora, Optimizer
+from rlhf.recipe.base import Optimizer
+from rlhf.recipe.tuning_schema import Full, Lora
 from rlhf.roles import Ready
 from rlhf.stages.reference_cache import reference_sums, response_sums
 from rlhf.types import TokenScores
@@ -66,7 +67,7 @@ def bench(tmp_path, tiny_folder, monkeypatch):
         kind="causal",
         checkpoint=tiny_folder,
         dtype="float32",
-        lora=None,
+        tuning=Full(),
         optimizer=Optimizer(),
         head_learning_rate=None,
         max_tokens_per_microbatch=64,
@@ -112,10 +113,10 @@ def test_what_bears_on_training_alone_changes_nothing(bench, changes):
 
 
 def test_new_adapters_change_no_bit_whatever_their_seed(bench):
-    made, passes = bench.sums(lora=Lora(r=4))
+    made, passes = bench.sums(tuning=Lora(r=4))
     assert passes == [3, 2]
-    assert bench.sums(lora=Lora(r=4), seed=9) == (made, [])
-    fresh = LocalModel(replace(bench.spec, lora=Lora(r=4), seed=9))
+    assert bench.sums(tuning=Lora(r=4), seed=9) == (made, [])
+    fresh = LocalModel(replace(bench.spec, tuning=Lora(r=4), seed=9))
     assert [response_sums(fresh, group, 0) for group in GROUPS] == made
 
 
@@ -126,7 +127,7 @@ def test_new_adapters_change_no_bit_whatever_their_seed(bench):
         {"temperature": 0.7},
         {"max_tokens_per_microbatch": 4},
         {"threads": 2},
-        {"lora": Lora(r=4)},
+        {"tuning": Lora(r=4)},
         {"gradient_checkpointing": True},
     ],
 )

@@ -13,7 +13,7 @@ from rlhf.data.pairs import read_pairs
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
-from rlhf.run import run_recipe
+from rlhf.recipe_run import run_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke" / "rlaif.yaml"
 
@@ -21,7 +21,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "smoke" / "rlaif.yaml"
 def run(folder: Path, *overrides: str) -> dict:
     """Run the recipe locally; return what the annotate stage summed up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf.run.local_resources", lambda: replace(local_resources(), cpus=1))
+        patch.setattr("rlhf.recipe_run.local_resources", lambda: replace(local_resources(), cpus=1))
         run_recipe(load_recipe(RECIPE, overrides), LocalLauncher, folder, Console(record=True, width=200))
     return json.loads((folder / "stages" / "pairs" / "done.json").read_text())["summary"]
 

@@ -37,6 +37,7 @@ from rlhf.engines.shares import token_scores
 from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.stage_base import StageBase
+from rlhf.recipe.tuning_schema import Full
 from rlhf.types import Experience, PreferenceBatch, Rows, TokenBatch, TokenScores
 from tests.benchmarks.peers.task import BETA, LEARNING_RATE, PAD, Example, Outcome, Task, reward_of
 
@@ -50,7 +51,7 @@ def learner(task: Task, role: RoleName, kind: Literal["causal", "scalar"], train
         kind=kind,
         checkpoint=Path(task.causal if kind == "causal" else task.scalar),
         dtype="bfloat16",
-        lora=None,
+        tuning=Full() if trained else None,
         optimizer=Optimizer(learning_rate=LEARNING_RATE, schedule="constant") if trained else None,
         head_learning_rate=None,
         max_tokens_per_microbatch=PASS_TOKENS,

@@ -28,7 +28,7 @@ class Ppo:
     def __init__(self, task: Task) -> None:
         folder = Path(task.causal)
         longest = max(len(e.prompt) for step in task.examples() for e in step)
-        role = RolloutRole(max_sequences=64, kv_cache_gib=1)
+        role = RolloutRole()
         self.engine = VllmEngine(RolloutSpec(folder, "bfloat16", role, longest + RESPONSE, task.threads, seed=3))
         self.policy = learner(task, "policy", "causal")
         self.reference = learner(task, "reference", "causal", trained=False)

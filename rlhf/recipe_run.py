@@ -27,8 +27,9 @@ from rlhf.rewards.function import check_functions
 from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
 from rlhf.run_folder import locked, logged, write_inputs
+from rlhf.run_record import recorded
+from rlhf.sinks.base import open_sinks
 from rlhf.stage_run import Surroundings, run_stages
-from rlhf.tracking import WandbSink
 
 
 def run_recipe(
@@ -52,7 +53,7 @@ def run_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     start = time.monotonic()
-    with locked(folder), logged(folder):
+    with locked(folder), logged(folder), recorded(folder):
         write_inputs(folder, loaded)
         resources = local_resources()
         console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)
@@ -61,12 +62,14 @@ def run_recipe(
         check_disjoint(loaded.recipe)
         check_tokens(loaded.recipe)
         check_functions(loaded.recipe)
-        wandb = WandbSink(recipe, folder) if recipe.tracking.wandb else None
-        with Display(console) as display, Interrupts(display.say) as interrupts, launch(recipe) as launcher:
-            run = Surroundings(recipe, folder, models, resources.cpus, launcher, display, interrupts, wandb)
+        with (
+            Display(console) as display,
+            Interrupts(display.say) as interrupts,
+            open_sinks(recipe, folder) as sinks,
+            launch(recipe) as launcher,
+        ):
+            run = Surroundings(recipe, folder, models, resources.cpus, launcher, display, interrupts, sinks)
             run_stages(run, restart)
-        if wandb:
-            wandb.close()
         _show_result(recipe, folder, console)
     console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
     return folder

@@ -1,0 +1,1 @@
+"""What users take away: finished stages as model folders, adapters and GGUF files, each with a model card."""

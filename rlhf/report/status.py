@@ -1,0 +1,263 @@
+"""How far a run is, from what its folder holds; nothing in it is changed, and the run may be going on meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from rlhf import checkpoint
+from rlhf.progress import brief
+from rlhf.recipe.schema import Recipe
+from rlhf.recipe.seeds import expand_seeds
+from rlhf.recipe.stage_schema import upstream
+from rlhf.report.runs import read_recipe
+from rlhf.run_record import RunRecord, read_record
+from rlhf.stage_progress import read_progress
+from rlhf.untrusted import visible
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+StageState = Literal["done", "running", "interrupted", "failed", "waiting"]
+RunState = Literal["done", "running", "interrupted", "failed", "new"]
+TAIL = 64 << 10
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage; times are in seconds.
+
+    `step` of `total` in its part `label`; `elapsed` is what a finished stage took, or since when this process is at
+    it; `rest` is what the part will still take at the pace so far; `saved_step` is the newest saved state, from which
+    it would go on, and `saved_age` how old that is.
+    """
+
+    name: str
+    kind: str
+    state: StageState
+    label: str = ""
+    step: int | None = None
+    total: int | None = None
+    metrics: Mapping[str, float] | None = None
+    elapsed: float | None = None
+    rest: float | None = None
+    saved_step: int | None = None
+    saved_age: float | None = None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run; `alive` says whether a process holds its folder now, `error` why the last one did not finish."""
+
+    folder: str
+    name: str
+    state: RunState
+    alive: bool
+    pid: int | None
+    host: str
+    began: float | None
+    elapsed: float | None
+    error: str
+    stages: tuple[StageStatus, ...]
+
+    @property
+    def finished(self) -> int:
+        """How many stages are done."""
+        return sum(stage.state == "done" for stage in self.stages)
+
+
+def read_status(folder: Path) -> RunStatus:
+    """Return how far the run of a folder is; DataError where it is no run folder."""
+    plain = read_recipe(folder)
+    record, alive = read_record(folder), in_use(folder)
+    stages: list[StageStatus] = []
+    undone: set[str] = set()
+    for name, kind, sources in _stages(plain):
+        first = not undone
+        done = _done(folder / "stages" / name) if not sources & undone else None
+        stages.append(_stage(folder / "stages" / name, kind, done, first, alive, record))
+        undone |= {name} if done is None else set()
+    now = time.time()
+    ended = now if alive or record is None else record.ended
+    return RunStatus(
+        folder=str(folder),
+        name=str(plain["name"]),
+        state=_run_state(undone, alive, record),
+        alive=alive,
+        pid=record.pid if record else None,
+        host=record.host if record else "",
+        began=record.began if record else None,
+        elapsed=ended - record.began if record and ended else None,
+        error=_error(record, alive, undone),
+        stages=tuple(stages),
+    )
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether a process, on this machine or another one, holds the lock of a run folder.
+
+    It asks for a shared lock and lets it go at once; a run that begins in that instant waits for it.
+    """
+    try:
+        handle = os.open(folder / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; a torn last line is left out."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return {}
+    found: dict[str, float] = {}
+    for line in lines[int(size > TAIL) :]:
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:
+            continue
+        found |= {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    return found
+
+
+def _stages(plain: Mapping[str, Any]) -> list[tuple[str, str, set[str]]]:
+    """Return name, kind and sources of each stage as it runs, once per seed; of an older version as they stand."""
+    try:
+        recipe = expand_seeds(Recipe.model_validate_json(json.dumps(plain), strict=True))
+    except ValidationError:
+        return [(str(stage["name"]), str(stage["kind"]), set()) for stage in plain["stages"]]
+    return [(stage.name, stage.kind, upstream(stage)) for stage in recipe.stages]
+
+
+def _done(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished stage says of itself."""
+    try:
+        found = json.loads((folder / "done.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _stage(
+    folder: Path, kind: str, done: Mapping[str, Any] | None, first: bool, alive: bool, record: RunRecord | None
+) -> StageStatus:
+    if not folder.is_dir() or (done is None and not first):
+        return StageStatus(folder.name, kind, "waiting")
+    progress, metrics = read_progress(folder), last_metrics(folder / "metrics.jsonl")
+    step = int(metrics["step"]) if "step" in metrics else None
+    shown = {name: value for name, value in metrics.items() if name not in ("step", "time")}
+    if done is not None:
+        seconds = done.get("cost", {}).get("seconds")
+        total = progress.total if progress else step
+        return StageStatus(folder.name, kind, "done", "", total, total, shown, seconds)
+    saved = checkpoint.states(folder / "state")
+    state: StageState = "failed" if record and record.outcome == "failed" else "interrupted"
+    return StageStatus(
+        name=folder.name,
+        kind=kind,
+        state="running" if alive else state,
+        label=progress.label if progress else "",
+        step=progress.step if progress else step,
+        total=progress.total if progress else None,
+        metrics=shown,
+        elapsed=time.time() - progress.began if progress and alive else None,
+        rest=progress.rest if progress and alive else None,
+        saved_step=checkpoint.step_of(saved[-1]) if saved else None,
+        saved_age=_age(saved[-1]) if saved else None,
+    )
+
+
+def _age(folder: Path) -> float | None:
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return None  # the run has just replaced it
+
+
+def _run_state(undone: set[str], alive: bool, record: RunRecord | None) -> RunState:
+    if alive:
+        return "running"
+    if not undone:
+        return "done"
+    if record is None:
+        return "new"
+    return "failed" if record.outcome == "failed" else "interrupted"
+
+
+def _error(record: RunRecord | None, alive: bool, undone: set[str]) -> str:
+    if record is None or alive or not undone:
+        return ""
+    if record.outcome == "running":
+        return f"process {record.pid} on {record.host} is gone without a word: killed, or the machine stopped"
+    return record.error
+
+
+def render_status(status: RunStatus) -> RenderableType:
+    """Return the status for a terminal."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        "stage", "state", "step", "time", "rest", "saved", "last metrics", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for stage in status.stages:
+        saved = "" if stage.saved_step is None else f"{stage.saved_step}, {duration(stage.saved_age or 0.0)} ago"
+        rest = "" if stage.rest is None else duration(stage.rest)
+        name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+        elapsed = "" if stage.elapsed is None else duration(stage.elapsed)
+        cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
+    return Group(*(Text(visible(line)) for line in _headlines(status)), table)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in the largest unit that fits: 45 s, 12 min, 3.4 h."""
+    for length, unit in UNITS:
+        if seconds >= length:
+            amount = seconds / length
+            return f"{amount:.{1 if amount < 10 and length > 60 else 0}f} {unit}"
+    return "0 s"
+
+
+def _headlines(status: RunStatus) -> list[str]:
+    where = f", process {status.pid} on {status.host}" if status.pid else ""
+    elapsed = "" if status.elapsed is None else f", {duration(status.elapsed)}"
+    lines = [f"{status.name}: {status.state}{elapsed}{where if status.alive else ''}; {status.folder}"]
+    if status.error:
+        lines.append(f"last error: {status.error.splitlines()[0]}")
+    if status.state in ("interrupted", "failed"):
+        lines.append("the same `rlhf run` goes on where it was")
+    return lines
+
+
+def _steps(stage: StageStatus) -> str:
+    if stage.step is None:
+        return ""
+    counted = f"{stage.step}/{stage.total}" if stage.total else f"{stage.step}"
+    return f"{counted} {stage.label}".strip()
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,1 @@
+"""Finished stages at work: served over HTTP, talked to, and evaluated."""

@@ -1,0 +1,53 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.recipe.schema import Recipe
+from rlhf.sinks.base import Sink, told
+
+
+class WandbSink:
+    """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set, or as WANDB_MODE says.
+
+    wandb only appends: steps that a stage makes again after a loss stand there twice, at the same `stage/step`, and a
+    run that is taken up by another process is another wandb run of the same group.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        import wandb
+
+        settings = recipe.tracking.wandb
+        assert settings is not None
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        self.run: Any = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=recipe.name,
+            group=recipe.name,
+            dir=folder,
+            mode=mode,
+            config=told(recipe),
+        )
+        for stage in recipe.stages:
+            self.run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log under `stage/name`, with the stage's own step axis."""
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Do nothing: what is logged stays."""
+
+    def close(self, failed: bool) -> None:
+        """Finish the run."""
+        self.run.finish(exit_code=int(failed))
+
+
+def open_sink(recipe: Recipe, folder: Path) -> Sink:
+    """Begin a wandb run."""
+    return WandbSink(recipe, folder)

@@ -1,0 +1,166 @@
+"""New instructions and answers as a model writes them: what of them is the text, and whether it is worth keeping.
+
+The filters are those of self-instruct (Wang et al. 2022, section 2.2) and of those who use it: too short or too long,
+like one that is there already by ROUGE-L, about something that text cannot hold, or debris of another format.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
+
+# Scripts that put no space between words: each character counts as a word.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    r"\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Japanese, Chinese
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+LABEL = re.compile(r"(new |next )?(task|instruction|question|prompt)\b[ #]*\d*\s*[:.)\]-]+\s*", re.IGNORECASE)
+NUMBER = re.compile(r"#?\d{1,3}\s*[.):]\s+")
+MARKS = "*_#>-\u2022 \t\n"
+QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019", "\u300c": "\u300d"}
+NEXT = re.compile(
+    r"\n[\s*_#>-]*((new |next )?(task|instruction) *#?\d*|answer|output|response|solution|explanation|note|example)"
+    r"[\s*_]*\d*[\s*_]*:",
+    re.IGNORECASE,
+)
+BANNED = re.compile(
+    r"\b(image|picture|photo|photograph|screenshot|video|audio|attachment|diagram|flowchart)s?\b|\battached\b"
+    r"|\bas an ai\b|\b(ai )?language model\b"
+    r"|\u56fe\u7247|\u56fe\u50cf|\u7167\u7247|\u89c6\u9891|\u97f3\u9891|\u9644\u4ef6"
+    r"|\u4f5c\u4e3a(\u4e00\u4e2a|\u4e00\u540d)?(\u4eba\u5de5\u667a\u80fd|AI|\u8bed\u8a00\u6a21\u578b)",
+    re.IGNORECASE,
+)
+SPEAKS_AS_MACHINE = re.compile(r"\bas an ai\b|\b(ai )?language model\b|\u8bed\u8a00\u6a21\u578b", re.IGNORECASE)
+ECHO = 0.8
+"""An answer as near as that to its instruction only says it again."""
+DISTINCT = 0.5
+FEWEST_WORDS = 8
+UNSEEN = {"Cc", "Cs", "Co", "Cn"}
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text, in one case and without the punctuation around them; of CJK each character is one."""
+    found = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [word for item in found if (word := _stripped(item))]
+
+
+def normalised(text: str) -> str:
+    """Return a text without what makes two equal ones look different: case, punctuation, spaces, width."""
+    return " ".join(words(text))
+
+
+def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
+    """Return the F1 of ROUGE-L (Lin 2004) of two lists of words: twice their longest common subsequence over both."""
+    return float(Indel.normalized_similarity(first, second))
+
+
+def parse_instruction(text: str, finished: bool) -> str:
+    """Return the one instruction that a model wrote, "" where there is none that is whole.
+
+    What comes before it (`Task 7:`, a number, a bullet) and after it (another task, an answer) is cut off. Of a text
+    that was cut at the token limit only what ended before that counts: its first paragraph, where there are two.
+    """
+    text = text.strip()
+    for _ in range(3):
+        bare = text.lstrip(MARKS)
+        for lead in (LABEL, NUMBER):
+            if match := lead.match(bare):
+                bare = bare[match.end() :]
+        text = bare.strip()
+    if match := NEXT.search(text):
+        text, finished = text[: match.start()], True
+    if not finished:
+        text, blank, _ = text.partition("\n\n")
+        text = text if blank else ""
+    text = text.strip().strip("*_").strip()
+    if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    return text
+
+
+def instruction_fault(text: str, min_words: int, max_words: int) -> str | None:
+    """Return why an instruction is not worth keeping by itself, or None."""
+    count = len(words(text))
+    if not text:
+        return "no whole instruction"
+    if _damaged(text):
+        return "debris"
+    if count < min_words:
+        return "too short"
+    if count > max_words:
+        return "too long"
+    return "not a text task" if BANNED.search(text) else None
+
+
+def answer_fault(text: str, instruction: str, finished: bool) -> str | None:
+    """Return why an answer is not worth keeping, or None."""
+    said = words(text)
+    if not said:
+        return "answer: empty"
+    if not finished:
+        return "answer: cut off"
+    if _damaged(text):
+        return "answer: debris"
+    if SPEAKS_AS_MACHINE.search(text):
+        return "answer: speaks as a machine"
+    if rouge_l(said, words(instruction)) >= ECHO:
+        return "answer: repeats the instruction"
+    return "answer: goes round in circles" if circles(said) else None
+
+
+def circles(said: Sequence[str]) -> bool:
+    """Return whether more than half of the three-word sequences of a text are repeats of earlier ones."""
+    triples = list(zip(said, said[1:], said[2:], strict=False))
+    return len(said) >= FEWEST_WORDS and len(set(triples)) < DISTINCT * len(triples)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The instruction of a pool that another one is most like, by ROUGE-L."""
+
+    name: str
+    similarity: float
+
+
+class Pool:
+    """Instructions by name, among which no two should be alike."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.texts: list[str] = []
+        self.words: list[list[str]] = []
+        self.exact: set[str] = set()
+
+    def add(self, name: str, text: str) -> None:
+        """Take one in."""
+        self.names.append(name)
+        self.texts.append(text)
+        self.words.append(words(text))
+        self.exact.add(normalised(text))
+
+    def nearest(self, text: str) -> Neighbour:
+        """Return the one that a text is most like, the first of equals; the pool is not empty."""
+        _, similarity, place = process.extractOne(words(text), self.words, scorer=Indel.normalized_similarity)
+        return Neighbour(self.names[place], float(similarity))
+
+    def __contains__(self, text: str) -> bool:
+        """Return whether a text is there but for case, punctuation and spaces."""
+        return normalised(text) in self.exact
+
+
+def _damaged(text: str) -> bool:
+    """Return whether a text holds characters that are none, half a code block, or marks of a chat template."""
+    unseen = any(unicodedata.category(letter) in UNSEEN and letter not in "\n\t" for letter in text)
+    return unseen or "\ufffd" in text or text.count("```") % 2 == 1 or "<|" in text
+
+
+def _stripped(word: str) -> str:
+    """Return a word without punctuation and symbols at its ends; a mark that belongs to its letter stays."""
+    letters = [place for place, letter in enumerate(word) if unicodedata.category(letter)[0] not in "PSZC"]
+    return word[letters[0] : letters[-1] + 1] if letters else ""

@@ -1,0 +1,274 @@
+"""Instruction data from a few seed tasks: a model writes new instructions and answers them (self-instruct).
+
+Wang et al. 2022, for models that chat: each new instruction is asked for with some of the tasks that are there shown
+as examples, and answered as any user's would be. What is not worth keeping is set aside with the reason.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.data.reading import read_conversations, read_prompts
+from rlhf.data.rows import Conversation
+from rlhf.data.synthesized import Chat, Rejected, Turn, read_synthesized, write_synthesized
+from rlhf.errors import DataError, TrainingError
+from rlhf.models.tokenizer import ChatTokenizer
+from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
+from rlhf.rewards.skips import Skips
+from rlhf.roles import Pending, Ready, RewardSource, RolloutEngine
+from rlhf.stages.context import StageContext
+from rlhf.stages.instructions import Pool, answer_fault, instruction_fault, normalised, parse_instruction
+from rlhf.stages.sft import Summary
+from rlhf.types import Prompt, Rollout, Sampling
+
+MOST_AT_ONCE, FEWEST_AT_ONCE = 64, 8
+OWN_EXAMPLES = 2
+REQUEST = """\
+Here are examples of tasks that people give to an assistant:
+
+{tasks}
+
+Write one more task that is different from all of these, in the same language. Write the task only, not its answer."""
+ADVICE = {
+    "no whole instruction": "raise max_response_tokens, or take a model that follows instructions",
+    "debris": "lower temperature, or take a model that follows instructions",
+    "too short": "lower min_words",
+    "too long": "raise max_words",
+    "not a text task": "look at the seeds: they may be about pictures or files",
+    "repeat": "raise temperature, or give more seeds",
+    "similar": "raise max_similarity or temperature, or give more seeds",
+    "answer: cut off": "raise max_response_tokens",
+    "answer: low score": "lower min_score",
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An instruction that passed, on its way to its answer; `number` counts what was drawn, from 1."""
+
+    number: int
+    instruction: str
+    examples: tuple[str, ...]
+    nearest: str
+    similarity: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in examples and data."""
+        return f"new-{self.number}"
+
+
+class Made:
+    """What has been written so far; its state is the files that a later stage reads."""
+
+    def __init__(self) -> None:
+        self.chats: list[Chat] = []
+        self.rejected: list[Rejected] = []
+
+    def state_bytes(self) -> Pending[int]:
+        """Return about how many bytes they take."""
+        characters = sum(len(turn.content) for chat in self.chats for turn in chat.messages)
+        characters += sum(len(item.text) + len(item.instruction) for item in self.rejected)
+        return Ready(4 * characters + 500 * (len(self.chats) + len(self.rejected)))
+
+    def save_state(self, folder: Path) -> Pending[None]:
+        """Write `data.jsonl` and `rejected.jsonl`."""
+        write_synthesized(folder, self.chats, self.rejected)
+        return Ready(None)
+
+    def load_state(self, folder: Path) -> Pending[None]:
+        """Read them."""
+        self.chats, self.rejected = read_synthesized(folder)
+        return Ready(None)
+
+    def reasons(self) -> Counter[str]:
+        """Return how often each reason set something aside."""
+        return Counter(item.reason for item in self.rejected)
+
+
+def run(stage: SynthesizeStage, context: StageContext) -> Summary:
+    """Write `data.jsonl` with `count` new chats, and `rejected.jsonl` with what was not good enough."""
+    writer = Writer(stage, context)
+    made, most = Made(), stage.count * stage.max_attempts
+    context.tracker.begin("writing", 1)
+    with context.recovery.going_on([made]) as going:
+        turn, drawn = going.step, going.carried.get("drawn", 0)
+        while len(made.chats) < stage.count:
+            if drawn >= most:
+                made.save_state(context.folder)
+                raise TrainingError(_exhausted(stage, made, drawn))
+            clock, before = time.perf_counter(), context.tracker.generated_tokens
+            left = stage.count - len(made.chats)
+            size = min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, 2 * left), most - drawn)
+            writer.write(range(drawn + 1, drawn + size + 1), left, made)
+            turn, drawn = turn + 1, drawn + size
+            speed = (context.tracker.generated_tokens - before) / (time.perf_counter() - clock)
+            left = stage.count - len(made.chats)
+            context.tracker.expect(turn + -(-left * turn // max(1, len(made.chats))))
+            figures = {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected)}
+            context.tracker.log(turn, {**figures, "tokens_per_second": speed})
+            going.done(turn, lambda: {"drawn": drawn})  # noqa: B023 (called at once)
+    made.save_state(context.folder)
+    reasons = {f"rejected, {reason}": count for reason, count in made.reasons().most_common()}
+    return {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected), **reasons}
+
+
+class Writer:
+    """Asks a model for instructions and answers, and judges what comes."""
+
+    def __init__(self, stage: SynthesizeStage, context: StageContext) -> None:
+        self.stage = stage
+        self.context = context
+        self.tokenizer: ChatTokenizer = context.tokenizer(stage.policy)
+        self.seeds = [(f"seed-{n}", task(row)) for n, row in enumerate(read_conversations(stage.seeds), start=1)]
+        self.asked = compared_prompts(context)
+        self.engine: RolloutEngine = context.launcher.rollout(context.rollout(stage.policy))
+        self.judge: RewardSource | None = context.judge(stage.judge, self.tokenizer.pad_id) if stage.judge else None
+
+    def write(self, numbers: Sequence[int], most: int, made: Made) -> None:
+        """Draw an instruction for each number, answer the first `most` that pass, and sort both into `made`."""
+        own = [(chat.id, chat.instruction) for chat in made.chats]
+        shown = [self._shown(number, own) for number in numbers]
+        prompts = [self._request(number, tasks) for number, tasks in zip(numbers, shown, strict=True)]
+        drawn = self._draw(prompts, "instruction")
+        pool = Pool()
+        for name, text in (*self.seeds, *own):
+            pool.add(name, text)
+        drafts: list[Draft] = []
+        for number, tasks, rollout in zip(numbers, shown, drawn, strict=True):
+            if len(drafts) == most:
+                break
+            examples = tuple(name for name, _ in tasks)
+            found = self._draft(number, examples, rollout, pool)
+            if isinstance(found, Rejected):
+                made.rejected.append(found)
+            else:
+                drafts.append(found)
+                pool.add(found.name, found.instruction)
+        self._answer(drafts, made)
+
+    def _shown(self, number: int, own: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Choose the examples of one request: up to two of the model's own, the rest seeds, in any order."""
+        rng = random.Random(self.context.seed("examples", number))
+        mine = rng.sample(own, min(OWN_EXAMPLES, len(own), self.stage.examples - 1))
+        tasks = mine + rng.sample(self.seeds, min(self.stage.examples - len(mine), len(self.seeds)))
+        rng.shuffle(tasks)
+        return tasks
+
+    def _request(self, number: int, tasks: list[tuple[str, str]]) -> Prompt:
+        """Return the request with as many of the examples as fit, and drop the others."""
+        while True:
+            text = REQUEST.format(tasks="\n\n".join(f"Task {n}: {task}" for n, (_, task) in enumerate(tasks, start=1)))
+            tokens = self.tokenizer.prompt_ids([{"role": "user", "content": text}])
+            if len(tokens) <= self.stage.max_prompt_tokens:
+                return Prompt(f"request-{number}", tuple(tokens), text)
+            if len(tasks) == 1:
+                raise DataError(
+                    f"{tasks[0][0]} of the seeds alone makes a request of {len(tokens)} tokens, the limit is"
+                    f" {self.stage.max_prompt_tokens} (max_prompt_tokens)"
+                )
+            del tasks[max(range(len(tasks)), key=lambda place: len(tasks[place][1]))]
+
+    def _draft(self, number: int, examples: tuple[str, ...], rollout: Rollout, pool: Pool) -> Draft | Rejected:
+        text = parse_instruction(rollout.text, rollout.finish_reason == "stop")
+        reason = instruction_fault(text, self.stage.min_words, self.stage.max_words)
+        if reason is None and normalised(text) in self.asked:
+            reason = "asked in a comparison"
+        if reason is None and text in pool:
+            reason = "repeat"
+        if reason is None:
+            near = pool.nearest(text)
+            if near.similarity <= self.stage.max_similarity:
+                return Draft(number, text, examples, near.name, near.similarity, rollout.seed)
+            reason = "similar"
+        return Rejected(reason, rollout.text, text, examples, rollout.seed)
+
+    def _answer(self, drafts: Sequence[Draft], made: Made) -> None:
+        """Have the instructions answered, and keep those whose answer is worth it."""
+        prompts = [
+            Prompt(draft.name, tuple(self.tokenizer.prompt_ids(_question(draft))), draft.instruction)
+            for draft in drafts
+        ]
+        fits = [len(prompt.tokens) <= self.stage.max_prompt_tokens for prompt in prompts]
+        rollouts = iter(self._draw([prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], "answer"))
+        answered: list[tuple[Draft, Rollout]] = []
+        for draft, fit in zip(drafts, fits, strict=True):
+            rollout = next(rollouts) if fit else None
+            reason = "too long"
+            if rollout:
+                reason = answer_fault(rollout.text, draft.instruction, rollout.finish_reason == "stop") or ""
+            if rollout and not reason:
+                answered.append((draft, rollout))
+            else:
+                text = rollout.text if rollout else ""
+                made.rejected.append(Rejected(reason, text, draft.instruction, draft.examples, draft.seed))
+        scores = self._scores([rollout for _, rollout in answered])
+        for (draft, rollout), score in zip(answered, scores, strict=True):
+            if score is None or score >= self.stage.min_score:
+                made.chats.append(_chat(draft, rollout, score))
+            else:
+                low = Rejected("answer: low score", rollout.text, draft.instruction, draft.examples, draft.seed)
+                made.rejected.append(low)
+
+    def _scores(self, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
+        if self.judge is None or not rollouts:
+            return [None] * len(rollouts)
+        values = self.judge.score(rollouts).result()
+        Skips(self.judge).kept(values, rollouts)
+        return [float(value) for value in values.tolist()]
+
+    def _draw(self, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
+        if not prompts:
+            return []
+        seeds = [[self.context.seed(purpose, prompt.id)] for prompt in prompts]
+        sampling = Sampling(self.stage.max_response_tokens, self.stage.temperature)
+        rollouts = self.engine.generate(prompts, sampling, seeds).result()
+        self.context.tracker.spend(generated_tokens=sum(len(rollout.tokens) for rollout in rollouts))
+        return rollouts
+
+
+def task(row: Conversation) -> str:
+    """Return what a seed asks: its first message of the user."""
+    found = next((message["content"] for message in row.messages if message["role"] == "user"), None)
+    if found is None:
+        raise DataError(f"{row.where}: a seed needs a message of the user, the task")
+    return found.strip()
+
+
+def compared_prompts(context: StageContext) -> set[str]:
+    """Return what the recipe's comparisons ask, normalised: nothing of it may come into training data."""
+    stages = (stage for stage in context.recipe.stages if isinstance(stage, CompareStage))
+    return {normalised(row.text) for stage in stages for row in read_prompts(stage.prompts)}
+
+
+def _question(draft: Draft) -> list[dict[str, str]]:
+    return [{"role": "user", "content": draft.instruction}]
+
+
+def _chat(draft: Draft, rollout: Rollout, score: float | None) -> Chat:
+    return Chat(
+        id=draft.name,
+        messages=(Turn("user", draft.instruction), Turn("assistant", rollout.text.strip())),
+        examples=draft.examples,
+        nearest=draft.nearest,
+        similarity=draft.similarity,
+        instruction_seed=draft.seed,
+        answer_seed=rollout.seed,
+        score=score,
+    )
+
+
+def _exhausted(stage: SynthesizeStage, made: Made, drawn: int) -> str:
+    reasons = made.reasons().most_common()
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    remedy = next((ADVICE[reason] for reason, _ in reasons if reason in ADVICE), "look at rejected.jsonl")
+    return (
+        f"only {len(made.chats)} of {stage.count} chats after {drawn} drawn instructions (max_attempts"
+        f" {stage.max_attempts}): set aside {counts}; {remedy}, or lower count"
+    )
