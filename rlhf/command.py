@@ -41,7 +41,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except Interrupted as stop:
             at = f" in {stop}" if str(stop) else ""
             _tell(f"interrupted{at}; the same command goes on")
-            _leave(stop.exit_code)
+            leave(stop.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
@@ -59,19 +59,19 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def leave(code: int) -> NoReturn:
+    """End the process now that all is saved and closed: libraries' threads, cut short, may crash it on its way out."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
+
+
 def _tell(text: str) -> None:
     """Print to the error stream; where that goes to a disk that takes no more, the exit code alone must tell."""
     try:
         click.echo(text, err=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the flush at the end would change the exit code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process now that all is saved and closed: libraries' threads, cut short, may crash it on its way out."""
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
 
 
 def _show_traceback(wanted: bool) -> None:

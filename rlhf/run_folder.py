@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rlhf import checkpoint
 from rlhf.errors import RecipeError
 from rlhf.fingerprint import content_key, differences, file_digest
-from rlhf.manifest import SEALED
+from rlhf.manifest import SEALED, Seal
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.report.results import Cost
 from rlhf.stages.sft import Summary
@@ -108,7 +108,7 @@ class StageFolder:
         return found
 
 
-def _sealed(folder: Path) -> dict[str, checkpoint.Seal]:
+def _sealed(folder: Path) -> dict[str, Seal]:
     return checkpoint.seal(folder) if folder.exists() else {}
 
 

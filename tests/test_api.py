@@ -10,10 +10,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from nbclient import NotebookClient
 
 import rlhf
 from rlhf import Recipe, Run, run
+from rlhf.cli import main
 from rlhf.errors import DataError, RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -80,19 +82,8 @@ def test_what_a_run_has_left(made, recipe_path):
 def test_it_is_the_run_of_the_command_line(made, recipe_path):
     """Equal settings give equal weights, and a folder made by one is reused by the other."""
     sets = ["--set", "stages.sft.epochs=2", "--set", "stages.sft.optimizer={learning_rate: 0.005}"]
-    command = [
-        sys.executable,
-        "-m",
-        "rlhf.cli",
-        "run",
-        str(recipe_path),
-        "--local",
-        "--output",
-        str(made.folder),
-        *sets,
-    ]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "unchanged, reused" in out
+    command = ["run", str(recipe_path), "--local", "--output", str(made.folder), *sets]
+    assert "unchanged, reused" in CliRunner().invoke(main, command).stdout
 
 
 def test_a_run_is_opened_again(made):

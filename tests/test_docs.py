@@ -19,6 +19,7 @@ import rlhf.errors
 from rlhf.cli import main
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.schema import Recipe
+from rlhf.recipe.tuning_support import SUPPORT
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -155,7 +156,15 @@ def test_the_figures_of_the_comparison_are_those_of_the_readme():
 def test_every_tuning_method_is_in_its_page():
     page = (DOCS / "pages" / "tuning.md").read_text(encoding="utf-8")
     mapping = Recipe.model_json_schema()["properties"]["tuning"]["discriminator"]["mapping"]
-    assert [kind for kind in mapping if f"`{kind}`" not in page] == []
+    rows = {
+        kind: [cell.strip() for cell in rest.split("|")]
+        for kind, rest in re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.M)
+    }
+    del rows["kind"]
+    assert set(rows) == set(mapping) == set(SUPPORT)
+    for kind, cells in rows.items():
+        can = SUPPORT[kind]
+        assert cells[-3:] == ["yes" if able else "no" for able in (can.merges, can.reference, can.cut)], kind
 
 
 def test_every_format_is_in_the_page_on_data():

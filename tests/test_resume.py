@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from rlhf import command
 from rlhf.checkpoint import states
 from rlhf.cli import main
 from rlhf.errors import LostProcess
@@ -30,6 +32,11 @@ stages:
 """
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "leave", sys.exit)  # which would end the tests too
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     rows = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(4)]
@@ -39,8 +46,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *options: str) -> Result:
-    command = ["run", str(folder / "recipe.yaml"), "--local", "--output", str(folder / "out"), *options]
-    return CliRunner().invoke(main, command)
+    arguments = ["run", str(folder / "recipe.yaml"), "--local", "--output", str(folder / "out"), *options]
+    return CliRunner().invoke(main, arguments)
 
 
 def steps(folder: Path) -> list[int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rlhf.data.reading import each_conversation, each_preference, read_labelled, read_prompts
-from rlhf.data.rows import Message
 from rlhf.errors import DataError
-from rlhf.recipe.base import StageData
+from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_schema import CompareStage, RewardStage, SftStage, Stage, SynthesizeStage
+from rlhf.recipe.stage_schema import AnnotateStage, CompareStage, RewardStage, SftStage, Stage, SynthesizeStage
 
 
 def check_disjoint(recipe: Recipe) -> None:
@@ -33,25 +33,17 @@ def _check(stage: Stage, held_out: set[str], name: str) -> None:
 def _seen(stage: Stage) -> Iterator[str]:
     """Yield all that users ask in a stage's files; they are never in memory together."""
     match stage:
-        case CompareStage():
-            return
         case SynthesizeStage():
-            for chat in each_conversation(stage.seeds):
-                yield from _asked(chat.messages)
-        case SftStage() | RewardStage() | PreferenceStage() if isinstance(stage.data, StageData):
-            return  # what the annotate stage saw; a synthesize stage leaves out what comparisons ask
-        case SftStage():
-            for chat in each_conversation(stage.data):
-                yield from _asked(chat.messages)
-        case KtoStage():
-            for answers in read_labelled(stage.data):
-                yield from _asked(answers[0].prompt)
-        case RewardStage() | PreferenceStage():
-            for pairs in each_preference(stage.data):
-                yield from _asked(pairs[0].prompt if pairs else ())
-        case _ if hasattr(stage, "prompts"):
-            yield from (row.text for row in read_prompts(stage.prompts))
-
-
-def _asked(messages: Iterable[Message]) -> Iterator[str]:
-    return (message["content"] for message in messages if message["role"] == "user")
+            chats = (chat.messages for chat in each_conversation(stage.seeds))
+        case SftStage(data=PathData() | HubData() as data):
+            chats = (chat.messages for chat in each_conversation(data))
+        case KtoStage(data=PathData() | HubData() as data):
+            chats = (answers[0].prompt for answers in read_labelled(data))
+        case RewardStage() | PreferenceStage() if not isinstance(stage.data, StageData):
+            chats = (pairs[0].prompt for pairs in each_preference(stage.data) if pairs)
+        case AnnotateStage() | OnlineStage():
+            chats = (row.messages[-1:] for row in read_prompts(stage.prompts))
+        case _:  # what an annotate stage saw; a synthesize stage leaves out what comparisons ask
+            return
+    for messages in chats:
+        yield from (message["content"] for message in messages if message["role"] == "user")

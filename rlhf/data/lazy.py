@@ -9,15 +9,15 @@ Row = TypeVar("Row")
 
 
 class Lazy(Sequence[Row]):
-    """`count` rows, of which row i is `make(i)`, made anew each time."""
+    """`size` rows, of which row i is `make(i)`, made anew each time."""
 
-    def __init__(self, make: Callable[[int], Row], count: int) -> None:
+    def __init__(self, make: Callable[[int], Row], size: int) -> None:
         self.make = make
-        self.count = count
+        self.size = size
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return self.count
+        return self.size
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -25,5 +25,5 @@ class Lazy(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         """Return the row at an index, or those of a slice."""
-        rows = range(self.count)[index]
+        rows = range(self.size)[index]
         return self.make(rows) if isinstance(rows, int) else [self.make(row) for row in rows]

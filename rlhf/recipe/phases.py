@@ -121,8 +121,8 @@ def role_model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) 
             trained = role in ("policy", "critic")
         case _:
             trained = isinstance(stage, RewardStage) and role == "reward"
-    critic = isinstance(stage, PpoStage) and role == "critic"
-    chosen = stage.critic_tuning if critic else getattr(stage, "tuning", None)
+    key = "critic_tuning" if isinstance(stage, PpoStage) and role == "critic" else "tuning"
+    chosen = getattr(stage, key, None)
     scalar = role in ("reward", "critic") or isinstance(stage, ClassifyStage)  # one row for each label, counted as one
     return Model(shape, recipe.model.dtype, scalar, chosen or recipe.tuning if trained else None)
 

@@ -56,8 +56,9 @@ def evaluate(models: Sequence[NamedModel], wanted: Wanted) -> list[Score]:
     """
     with _quiet():
         _check_installed()
-        tasks = _load(wanted)
-        return [score for model in models for score in _scores(model, tasks, wanted)]
+        manager = _manager(wanted)
+        tasks = _load(manager, wanted)
+        return [score for model in models for score in _scores(model, manager, tasks, wanted)]
 
 
 def table(scores: Sequence[Score]) -> Table:
@@ -91,21 +92,25 @@ def _check_installed() -> None:
         raise RecipeError(f"rlhf eval needs lm-evaluation-harness: pip install 'rlhf[eval]' ({error})") from error
 
 
-def _load(wanted: Wanted) -> dict[str, Any]:
-    """Return the harness's tasks by name; files that a task of one's own names are relative to its folder."""
+def _manager(wanted: Wanted) -> Any:
+    """Return what knows all tasks that are asked for: those of one's own, and the harness's where need be."""
     from lm_eval.tasks import TaskManager
 
-    folder = wanted.folder.absolute() if wanted.folder else None
-    if folder is not None and not any(folder.glob("**/*.yaml")):
+    own = str(wanted.folder.absolute()) if wanted.folder else None
+    if wanted.folder is not None and not any(wanted.folder.glob("**/*.yaml")):
         raise RecipeError(f"--task-folder {wanted.folder}: no task (*.yaml) in it")
-    own = str(folder) if folder else None
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(wanted.tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=own)  # reads the thousands of files that the harness comes with
     for name in wanted.tasks:
         if name not in manager.all_tasks:
             raise RecipeError(f"--tasks {name}: the harness has no such task{_near(name, manager.all_tasks)}")
-    with contextlib.chdir(folder or Path.cwd()):
+    return manager
+
+
+def _load(manager: Any, wanted: Wanted) -> dict[str, Any]:
+    """Return the harness's tasks by name; files that a task of one's own names are relative to its folder."""
+    with contextlib.chdir(wanted.folder or Path.cwd()):
         tasks: dict[str, Any] = {}
         for name in wanted.tasks:
             tasks |= _load_one(manager, name)
@@ -140,7 +145,7 @@ def _is_network(error: BaseException) -> bool:
     return False
 
 
-def _scores(model: NamedModel, tasks: Mapping[str, Any], wanted: Wanted) -> list[Score]:
+def _scores(model: NamedModel, manager: Any, tasks: Mapping[str, Any], wanted: Wanted) -> list[Score]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -151,6 +156,7 @@ def _scores(model: NamedModel, tasks: Mapping[str, Any], wanted: Wanted) -> list
     results = simple_evaluate(
         model=harness,
         tasks=list(tasks.values()),
+        task_manager=manager,
         num_fewshot=wanted.fewshot,
         limit=wanted.limit,
         batch_size=wanted.batch_size,

@@ -178,15 +178,16 @@ def _start(serving: Serving, endpoint: Endpoint, limits: Limits, log: IO[str]) -
 
 
 def arguments(serving: Serving, endpoint: Endpoint, limits: Limits) -> list[str]:
-    """Return the arguments of `vllm serve`: no code of the model's, no other origin, no adapters but these."""
+    """Return the arguments of vLLM's server: no code of the model's, no other origin, no adapters but these."""
     adapters = [json.dumps({"name": name, "path": str(folder)}) for name, folder in serving.adapters.items()]
     count = str(len(adapters))
     lora = ["--enable-lora", "--max-lora-rank", str(serving.rank), "--max-loras", count, "--max-cpu-loras", count]
     return [
-        str(serving.folder),
+        *("--model", str(serving.folder)),
         *("--served-model-name", serving.name),
         *("--host", endpoint.host, "--port", str(endpoint.port)),
         *("--load-format", "safetensors"),
+        *("--dtype", _spec(serving.folder, limits).dtype),  # "auto" would serve float32 rounded
         *("--max-model-len", str(limits.max_length or "auto")),
         *("--middleware", "rlhf.serving.gate.Gate"),
         *("--disable-fastapi-docs", "--disable-uvicorn-access-log", "--uvicorn-log-level", "error"),

@@ -108,7 +108,7 @@ class ServedTalker:
         try:
             stream: Any = self.client.chat.completions.create(
                 model=self.name,
-                messages=[dict(one) for one in messages],  # type: ignore[misc]
+                messages=[dict(one) for one in messages],
                 temperature=style.temperature,
                 max_tokens=style.max_tokens,
                 seed=style.seed + len(messages),

@@ -5,21 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 
 STARTED_BY = "RLHF_SERVE_PARENT"
 PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Run `vllm serve` with the arguments of this process."""
+    """Run vLLM's server with the arguments of this process."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ[STARTED_BY]):
         return  # it ended before the line above
-    from vllm.entrypoints.cli.main import main as vllm
+    # Not the command `vllm`: it asks for a package of that name, and the build for CPUs has another one.
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
 
-    sys.argv = ["vllm", "serve", *sys.argv[1:]]
-    vllm()
+    serve()
 
 
 if __name__ == "__main__":

@@ -106,9 +106,9 @@ def _draw_all(
     drawn: dict[str, Drawn] = {}
     for index, name in enumerate(names):
         candidate = name.partition("/")[0]
-        own = name in stage.candidates
-        asked = pairs if own and name not in foreign else []
-        chats = retained if own else None
+        finished = name in stage.candidates
+        asked = pairs if finished and name not in foreign else []
+        chats = retained if finished else None
         drawn[name] = draw(name, tokenizers[candidate], candidate in foreign, rows, asked, stage, context, chats)
         lengths = [len(rollout.tokens) for rollout in drawn[name].rollouts]
         context.tracker.advance(index + 1, {"length": sum(lengths) / len(lengths)})

@@ -21,14 +21,9 @@ UNSPACED = (
 )
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 LABEL = re.compile(r"(new |next )?(task|instruction|question|prompt)\b[ #]*\d*\s*[:.)\]-]+\s*", re.IGNORECASE)
-NUMBER = re.compile(r"#?\d{1,3}\s*[.):]\s+")
-MARKS = "*_#>-\u2022 \t\n"
+NUMBER = re.compile(r"#?\d{1,3}\s*[.):\u3001]\s*(?=\D)")
+MARKS = "*_#>-\u2022 \t"
 QUOTES = {'"': '"', "'": "'", "`": "`", "\u201c": "\u201d", "\u2018": "\u2019", "\u300c": "\u300d"}
-NEXT = re.compile(
-    r"\n[\s*_#>-]*((new |next )?(task|instruction) *#?\d*|answer|output|response|solution|explanation|note|example)"
-    r"[\s*_]*\d*[\s*_]*:",
-    re.IGNORECASE,
-)
 BANNED = re.compile(
     r"\b(image|picture|photo|photograph|screenshot|video|audio|attachment|diagram|flowchart)s?\b|\battached\b"
     r"|\bas an ai\b|\b(ai )?language model\b"
@@ -60,25 +55,29 @@ def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
     return float(Indel.normalized_similarity(first, second))
 
 
-def parse_instruction(text: str, finished: bool) -> str:
-    """Return the one instruction that a model wrote, "" where there is none that is whole.
+def parse_instructions(text: str, finished: bool) -> list[str]:
+    """Return the instructions that a model wrote as it went on with a numbered list, from where a number stands.
 
-    What comes before it (`Task 7:`, a number, a bullet) and after it (another task, an answer) is cut off. Of a text
-    that was cut at the token limit only what ended before that counts: its first paragraph, where there are two.
+    One is a line. What is no part of the list ends it; the last line counts where the text is `finished`, and was not
+    cut at the token limit.
     """
-    text = text.strip()
-    for _ in range(3):
-        bare = text.lstrip(MARKS)
-        for lead in (LABEL, NUMBER):
-            if match := lead.match(bare):
-                bare = bare[match.end() :]
-        text = bare.strip()
-    if match := NEXT.search(text):
-        text, finished = text[: match.start()], True
-    if not finished:
-        text, blank, _ = text.partition("\n\n")
-        text = text if blank else ""
-    text = text.strip().strip("*_").strip()
+    lines = text.split("\n")
+    found = []
+    for place, line in enumerate(lines if finished else lines[:-1]):
+        bare = line.strip().lstrip(MARKS)
+        if place and bare and not (NUMBER.match(bare) or LABEL.match(bare)):
+            break
+        if item := _plain(bare):
+            found.append(item)
+    return found
+
+
+def _plain(text: str) -> str:
+    """Return an item of a list without its number, its label, and marks and quotes around it."""
+    for lead in (NUMBER, LABEL):
+        if match := lead.match(text):
+            text = text[match.end() :].lstrip(MARKS)
+    text = text.strip("*_ \t")
     if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text

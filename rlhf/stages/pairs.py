@@ -45,8 +45,8 @@ class ExampleSplit:
 def load_pairs(stage: RewardStage | AnyPairStage, context: StageContext, tokenizer: ChatTokenizer) -> PairSplit:
     """Read and split the pairs that a stage trains on."""
     if isinstance(stage.data, StageData):
-        train, judged = _annotated(stage.data, context)
-        return PairSplit(pair_sequences(train), pair_sequences(judged), judged)
+        learned, judged = _annotated(stage.data, context)
+        return PairSplit(pair_sequences(learned), pair_sequences(judged), judged)
     pairs, prompts = _stored_pairs(stage.data, tokenizer, stage.max_length)
     train, heldout = (Picked(pairs, rows) for rows in _split(prompts, "pairs", stage, context))
     return PairSplit(train, heldout, [])

@@ -1,7 +1,9 @@
 """Instruction data from a few seed tasks: a model writes new instructions and answers them (self-instruct).
 
-Wang et al. 2022, for models that chat: each new instruction is asked for with some of the tasks that are there shown
-as examples, and answered as any user's would be. What is not worth keeping is set aside with the reason.
+Wang et al. 2022, for models that chat: the model is asked for a list of tasks, and finds some of those that are there
+at the beginning of its own answer, so it goes on with new ones; small models follow a list where they do not follow a
+description. Each new instruction is then answered as any user's would be. What is not worth keeping is set aside with
+the reason.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rlhf.data.reading import read_conversations, read_prompts
@@ -22,18 +25,16 @@ from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
 from rlhf.rewards.skips import Skips
 from rlhf.roles import Pending, Ready, RewardSource, RolloutEngine
 from rlhf.stages.context import StageContext
-from rlhf.stages.instructions import Pool, answer_fault, instruction_fault, normalised, parse_instruction
+from rlhf.stages.instructions import Pool, answer_fault, instruction_fault, normalised, parse_instructions
 from rlhf.stages.sft import Summary
 from rlhf.types import Prompt, Rollout, Sampling
 
-MOST_AT_ONCE, FEWEST_AT_ONCE = 64, 8
+MOST_REQUESTS, FEWEST_REQUESTS = 64, 4
+TASKS = 4
+"""A list is given room for so many more of the longest seed."""
+
 OWN_EXAMPLES = 2
-REQUEST = """\
-Here are examples of tasks that people give to an assistant:
-
-{tasks}
-
-Write one more task that is different from all of these, in the same language. Write the task only, not its answer."""
+REQUEST = "Write a list of different tasks that people may give to an assistant, one in each line."
 ADVICE = {
     "no whole instruction": "raise max_response_tokens, or take a model that follows instructions",
     "debris": "lower temperature, or take a model that follows instructions",
@@ -49,7 +50,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Draft:
-    """An instruction that passed, on its way to its answer; `number` counts what was drawn, from 1."""
+    """An instruction that passed, on its way to its answer; `number` counts all that the model wrote, from 1."""
 
     number: int
     instruction: str
@@ -95,25 +96,24 @@ class Made:
 def run(stage: SynthesizeStage, context: StageContext) -> Summary:
     """Write `data.jsonl` with `count` new chats, and `rejected.jsonl` with what was not good enough."""
     writer = Writer(stage, context)
-    made, most = Made(), stage.count * stage.max_attempts
+    made = Made()
     context.tracker.begin("writing", 1)
     with context.recovery.going_on([made]) as going:
-        turn, drawn = going.step, going.carried.get("drawn", 0)
+        turn, drawn, asked = going.step, going.carried.get("drawn", 0), going.carried.get("asked", 0)
         while len(made.chats) < stage.count:
-            if drawn >= most:
+            if drawn >= writer.most:
                 made.save_state(context.folder)
                 raise TrainingError(_exhausted(stage, made, drawn))
             clock, before = time.perf_counter(), context.tracker.generated_tokens
-            left = stage.count - len(made.chats)
-            size = min(MOST_AT_ONCE, max(FEWEST_AT_ONCE, 2 * left), most - drawn)
-            writer.write(range(drawn + 1, drawn + size + 1), left, made)
-            turn, drawn = turn + 1, drawn + size
+            requests = min(MOST_REQUESTS, max(FEWEST_REQUESTS, -(-2 * (stage.count - len(made.chats)) // TASKS)))
+            drawn += writer.write(range(asked, asked + requests), drawn, made)
+            turn, asked = turn + 1, asked + requests
             speed = (context.tracker.generated_tokens - before) / (time.perf_counter() - clock)
             left = stage.count - len(made.chats)
             context.tracker.expect(turn + -(-left * turn // max(1, len(made.chats))))
             figures = {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected)}
             context.tracker.log(turn, {**figures, "tokens_per_second": speed})
-            going.done(turn, lambda: {"drawn": drawn})  # noqa: B023 (called at once)
+            going.done(turn, partial(dict, drawn=drawn, asked=asked))
     made.save_state(context.folder)
     reasons = {f"rejected, {reason}": count for reason, count in made.reasons().most_common()}
     return {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected), **reasons}
@@ -127,31 +127,39 @@ class Writer:
         self.context = context
         self.tokenizer: ChatTokenizer = context.tokenizer(stage.policy)
         self.seeds = [(f"seed-{n}", task(row)) for n, row in enumerate(read_conversations(stage.seeds), start=1)]
-        self.asked = compared_prompts(context)
+        self.most = stage.count * stage.max_attempts
+        self.room = TASKS * max(len(self._begun(text)[1]) for _, text in self.seeds)
+        self.compared = compared_prompts(context)
         self.engine: RolloutEngine = context.launcher.rollout(context.rollout(stage.policy))
         self.judge: RewardSource | None = context.judge(stage.judge, self.tokenizer.pad_id) if stage.judge else None
 
-    def write(self, numbers: Sequence[int], most: int, made: Made) -> None:
-        """Draw an instruction for each number, answer the first `most` that pass, and sort both into `made`."""
+    def write(self, requests: Sequence[int], drawn: int, made: Made) -> int:
+        """Ask for lists, answer what passes up to the stage's `count`, sort it all into `made`, and return how many.
+
+        `requests` are their numbers, and `drawn` instructions were written before.
+        """
         own = [(chat.id, chat.instruction) for chat in made.chats]
-        shown = [self._shown(number, own) for number in numbers]
-        prompts = [self._request(number, tasks) for number, tasks in zip(numbers, shown, strict=True)]
-        drawn = self._draw(prompts, "instruction")
+        shown = [self._shown(number, own) for number in requests]
+        prompts = [self._request(number, tasks) for number, tasks in zip(requests, shown, strict=True)]
         pool = Pool()
         for name, text in (*self.seeds, *own):
             pool.add(name, text)
         drafts: list[Draft] = []
-        for number, tasks, rollout in zip(numbers, shown, drawn, strict=True):
-            if len(drafts) == most:
-                break
+        before = drawn
+        for tasks, rollout in zip(shown, self._draw(prompts, "instruction", self.room), strict=True):
             examples = tuple(name for name, _ in tasks)
-            found = self._draft(number, examples, rollout, pool)
-            if isinstance(found, Rejected):
-                made.rejected.append(found)
-            else:
-                drafts.append(found)
-                pool.add(found.name, found.instruction)
+            for text in parse_instructions(rollout.text, rollout.finish_reason == "stop") or [""]:
+                if len(drafts) == self.stage.count - len(own) or drawn == self.most:
+                    break
+                drawn += 1
+                found = self._draft(drawn, text, examples, rollout, pool)
+                if isinstance(found, Rejected):
+                    made.rejected.append(found)
+                else:
+                    drafts.append(found)
+                    pool.add(found.name, found.instruction)
         self._answer(drafts, made)
+        return drawn - before
 
     def _shown(self, number: int, own: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Choose the examples of one request: up to two of the model's own, the rest seeds, in any order."""
@@ -162,12 +170,14 @@ class Writer:
         return tasks
 
     def _request(self, number: int, tasks: list[tuple[str, str]]) -> Prompt:
-        """Return the request with as many of the examples as fit, and drop the others."""
+        """Return the request, and a list begun with as many of the examples as fit; the others are dropped."""
         while True:
-            text = REQUEST.format(tasks="\n\n".join(f"Task {n}: {task}" for n, (_, task) in enumerate(tasks, start=1)))
-            tokens = self.tokenizer.prompt_ids([{"role": "user", "content": text}])
+            begun = "".join(f"{n}. {' '.join(task.split())}\n" for n, (_, task) in enumerate(tasks, start=1))
+            begun += f"{len(tasks) + 1}."
+            asked, answer = self._begun(begun)
+            tokens = asked + answer
             if len(tokens) <= self.stage.max_prompt_tokens:
-                return Prompt(f"request-{number}", tuple(tokens), text)
+                return Prompt(f"request-{number}", tokens, begun)
             if len(tasks) == 1:
                 raise DataError(
                     f"{tasks[0][0]} of the seeds alone makes a request of {len(tokens)} tokens, the limit is"
@@ -175,10 +185,16 @@ class Writer:
                 )
             del tasks[max(range(len(tasks)), key=lambda place: len(tasks[place][1]))]
 
-    def _draft(self, number: int, examples: tuple[str, ...], rollout: Rollout, pool: Pool) -> Draft | Rejected:
-        text = parse_instruction(rollout.text, rollout.finish_reason == "stop")
+    def _begun(self, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens of the request and those of the beginning of an answer."""
+        asked, begun = self.tokenizer.completion_ids([{"role": "user", "content": REQUEST}], answer)
+        return tuple(asked), tuple(begun[:-1])
+
+    def _draft(
+        self, number: int, text: str, examples: tuple[str, ...], rollout: Rollout, pool: Pool
+    ) -> Draft | Rejected:
         reason = instruction_fault(text, self.stage.min_words, self.stage.max_words)
-        if reason is None and normalised(text) in self.asked:
+        if reason is None and normalised(text) in self.compared:
             reason = "asked in a comparison"
         if reason is None and text in pool:
             reason = "repeat"
@@ -187,7 +203,7 @@ class Writer:
             if near.similarity <= self.stage.max_similarity:
                 return Draft(number, text, examples, near.name, near.similarity, rollout.seed)
             reason = "similar"
-        return Rejected(reason, rollout.text, text, examples, rollout.seed)
+        return Rejected(reason, text or rollout.text, text, examples, rollout.seed)
 
     def _answer(self, drafts: Sequence[Draft], made: Made) -> None:
         """Have the instructions answered, and keep those whose answer is worth it."""
@@ -196,7 +212,8 @@ class Writer:
             for draft in drafts
         ]
         fits = [len(prompt.tokens) <= self.stage.max_prompt_tokens for prompt in prompts]
-        rollouts = iter(self._draw([prompt for prompt, fit in zip(prompts, fits, strict=True) if fit], "answer"))
+        fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+        rollouts = iter(self._draw(fitting, "answer", self.stage.max_response_tokens))
         answered: list[tuple[Draft, Rollout]] = []
         for draft, fit in zip(drafts, fits, strict=True):
             rollout = next(rollouts) if fit else None
@@ -223,11 +240,11 @@ class Writer:
         Skips(self.judge).kept(values, rollouts)
         return [float(value) for value in values.tolist()]
 
-    def _draw(self, prompts: Sequence[Prompt], purpose: str) -> list[Rollout]:
+    def _draw(self, prompts: Sequence[Prompt], purpose: str, tokens: int) -> list[Rollout]:
         if not prompts:
             return []
         seeds = [[self.context.seed(purpose, prompt.id)] for prompt in prompts]
-        sampling = Sampling(self.stage.max_response_tokens, self.stage.temperature)
+        sampling = Sampling(min(tokens, self.stage.max_response_tokens), self.stage.temperature)
         rollouts = self.engine.generate(prompts, sampling, seeds).result()
         self.context.tracker.spend(generated_tokens=sum(len(rollout.tokens) for rollout in rollouts))
         return rollouts

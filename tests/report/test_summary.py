@@ -95,7 +95,7 @@ def test_json_has_the_documented_shape(found, tmp_path):
     assert (document["seed"], document["bootstrap_samples"], document["prompts"]) == (5, 300, 24)
     names = (
         "name kind runs gold gold_ci reward reward_ci kl kl_ci length length_ci win_rate win_rate_ci truncated distinct"
-        " entropy characters preference_accuracy cost"
+        " entropy characters preference_accuracy cost retention"
     )
     assert [list(item) for item in document["candidates"]] == [names.split()] * 3
     ppo = document["candidates"][1]

@@ -112,7 +112,7 @@ def test_what_it_prints_goes_to_the_log_and_never_into_the_scores(path, caplog):
         reward = FunctionReward(path)
         assert reward.score_texts([PROMPT] * 3, ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
         reward.process.end()
-        reward.process.printing.join(2)
+        reward.process.printing.join(20)
     said = [record.getMessage() for record in caplog.records]
     assert said == ["mine.py: noise { a", "mine.py: more noisenoise { bb", "mine.py: more noisenoise { ccc",
                     "mine.py: more noise"]  # fmt: skip

@@ -8,7 +8,7 @@ from rlhf.stages.instructions import (
     circles,
     instruction_fault,
     normalised,
-    parse_instruction,
+    parse_instructions,
     rouge_l,
     words,
 )
@@ -17,35 +17,35 @@ from rlhf.stages.instructions import (
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Name three rivers.", "Name three rivers."),
-        ("  Task 7: Name three rivers.\n", "Name three rivers."),
-        ("**New task:** Name three rivers.", "Name three rivers."),
-        ("Instruction - Name three rivers.", "Name three rivers."),
-        ("7. Name three rivers.", "Name three rivers."),
-        ("- Name three rivers.", "Name three rivers."),
-        ('"Name three rivers."', "Name three rivers."),
-        ("\u201cName three rivers.\u201d", "Name three rivers."),
-        ('Say "yes" or "no"', 'Say "yes" or "no"'),
-        ('"Yes" or "no": which is longer?', '"Yes" or "no": which is longer?'),
-        ("Task 7: Name three rivers.\nTask 8: Name a lake.", "Name three rivers."),
-        ("Name three rivers.\n\n**Answer:** The Rhine.", "Name three rivers."),
-        ("Correct this sentence.\nInput: he go home", "Correct this sentence.\nInput: he go home"),
-        ("Explain this: why is the sky blue?", "Explain this: why is the sky blue?"),
-        ("Tasks are hard: name one.", "Tasks are hard: name one."),
-        ("\u4efb\u52a1\u3002\u5199\u4e00\u9996\u8bd7", "\u4efb\u52a1\u3002\u5199\u4e00\u9996\u8bd7"),
-        ("", ""),
-        ("Task 7:", ""),
-        ("  \n ", ""),
+        (" Name three rivers.", ["Name three rivers."]),
+        (" Name three rivers.\n8. Name a lake.\n9.", ["Name three rivers.", "Name a lake."]),
+        ("Name three rivers.\n\n8) **Name a lake.**\n", ["Name three rivers.", "Name a lake."]),
+        (" Name three rivers.\nTask 8: Name a lake.", ["Name three rivers.", "Name a lake."]),
+        (" Name three rivers.\n- 8. \u201cName a lake.\u201d", ["Name three rivers.", "Name a lake."]),
+        (" Name three rivers.\nThese are all.\n8. Name a lake.", ["Name three rivers."]),
+        ("\nHere is one:\n8. Name a lake.", []),
+        (' Say "yes" or "no"', ['Say "yes" or "no"']),
+        (' "Yes" or "no": which is longer?', ['"Yes" or "no": which is longer?']),
+        (" Explain this: why is the sky blue?", ["Explain this: why is the sky blue?"]),
+        (" Tasks are hard: name one.", ["Tasks are hard: name one."]),
+        (" 3.5 is more than 3: why?", ["3.5 is more than 3: why?"]),
+        (
+            "\u5199\u4e00\u9996\u8bd7\u3002\n8\u3001\u5199\u4e00\u5c01\u4fe1",
+            ["\u5199\u4e00\u9996\u8bd7\u3002", "\u5199\u4e00\u5c01\u4fe1"],
+        ),
+        ("", []),
+        ("\n8.\n", []),
     ],
 )
-def test_the_instruction_is_what_is_asked_and_nothing_around_it(text, expected):
-    assert parse_instruction(text, finished=True) == expected
+def test_a_list_that_goes_on_is_read_line_by_line(text, expected):
+    assert parse_instructions(text, finished=True) == expected
 
 
-def test_of_a_text_cut_at_the_limit_only_what_had_ended_counts():
-    assert parse_instruction("Name three rivers that are lon", finished=False) == ""
-    assert parse_instruction("Name three rivers.\n\nThey should be lon", finished=False) == "Name three rivers."
-    assert parse_instruction("Name three rivers.\nTask 8: Na", finished=False) == "Name three rivers."
+def test_the_last_line_of_a_list_cut_at_the_limit_does_not_count():
+    text = " Name three rivers.\n8. Name a lake that is"
+    assert parse_instructions(text, finished=False) == ["Name three rivers."]
+    assert parse_instructions(text, finished=True)[1:] == ["Name a lake that is"]
+    assert parse_instructions(" Name three riv", finished=False) == []
 
 
 def test_words_are_compared_without_case_and_punctuation():

@@ -42,25 +42,29 @@ class Scripted:
     """Writes tasks of a small grammar, some bad, and answers; what it says depends on a prompt and its seed alone."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.asked: dict[str, str] = {}
 
     def __call__(self, engine, prompts, sampling, seeds):
         rollouts = [self.rollout(prompt, seed) for prompt, (seed,) in zip(prompts, seeds, strict=True)]
         return Ready(rollouts)
 
     def rollout(self, prompt, seed) -> Rollout:
-        self.asked.append(prompt.text)
+        self.asked[prompt.id] = prompt.text
         drawn = derive(seed)
-        text = self.task(drawn) if prompt.text.startswith("Here are examples") else self.answer(drawn, prompt.text)
+        if prompt.id.startswith("request-"):
+            number = prompt.text.count("\n") + 1
+            text = "".join(f" {self.task(derive(drawn, k))}\n{number + 1 + k}." for k in range(drawn % 4)) + "..."
+        else:
+            text = self.answer(drawn, prompt.text)
         tokens = tuple(text.encode())
         finish = "length" if text.endswith("...") else "stop"
         return Rollout(prompt, tokens, (0.0,) * len(tokens), text, finish, 0, seed)
 
     def task(self, drawn: int) -> str:
         if drawn % 5 == 0:
-            return ("Name THREE rivers!", "Hi.", "Describe this image of a cat.", "Write about ...")[drawn // 5 % 4]
+            return ("Name THREE rivers!", "Hi.", "Describe this image of a cat.", "Name <| a lake")[drawn // 5 % 4]
         thing, other = THINGS[drawn // 7 % 12], THINGS[drawn // 91 % 12]
-        return f"Task 4: {VERBS[drawn // 1001 % 6]} {thing} and {other} to a child."
+        return f"{VERBS[drawn // 1001 % 6]} {thing} and {other} to a child."
 
     def answer(self, drawn: int, question: str) -> str:
         if drawn % 6 == 0:
@@ -101,10 +105,10 @@ def summary(folder: Path) -> dict:
 
 
 def test_chats_pass_every_filter_and_what_does_not_is_told(folder, scripted):
-    result = run(folder)
+    result = run(folder, "stages.more.count=30")
     assert result.exit_code == 0, result.output
     chats, rejected = read_synthesized(folder / "out" / "stages" / "more")
-    assert len(chats) == 12
+    assert len(chats) == 30
     pool = dict(zip((f"seed-{n}" for n in range(1, 5)), SEEDS, strict=True))
     for chat in chats:
         assert [turn.role for turn in chat.messages] == ["user", "assistant"]
@@ -117,30 +121,30 @@ def test_chats_pass_every_filter_and_what_does_not_is_told(folder, scripted):
             assert chat.similarity == near
             assert all(near >= rouge_l(words(chat.instruction), words(text)) for text in pool.values())
         pool[chat.id] = chat.instruction
-    assert len({normalised(chat.instruction) for chat in chats}) == 12
+    assert len({normalised(chat.instruction) for chat in chats}) == 30
     told = summary(folder)
-    assert told["rows"] == 12
+    assert told["rows"] == 30
     reasons = {item.reason for item in rejected}
     assert reasons >= {"similar", "repeat", "too short", "not a text task"}
     assert reasons & {"answer: empty", "answer: repeats the instruction", "answer: speaks as a machine"}
     for reason in reasons:
         assert told[f"rejected, {reason}"] == sum(item.reason == reason for item in rejected)
-    assert 12 + len(rejected) <= told["drawn"]
+    assert 30 + len(rejected) == told["drawn"]
 
 
 def test_requests_show_seeds_and_at_most_two_tasks_of_its_own(folder, scripted):
     assert run(folder, "stages.more.count=30", "stages.more.max_similarity=0.9").exit_code == 0
-    requests = [text for text in scripted.asked if text.startswith("Here are examples")]
+    requests = [text for name, text in scripted.asked.items() if name.startswith("request-")]
     own = [sum(line.endswith("to a child.") for line in text.splitlines()) for text in requests]
     assert (max(own), own[0]) == (2, 0)
-    assert all(text.count("\nTask ") == 3 for text in requests)
+    assert all(re.fullmatch(r"1\. .+\n2\. .+\n3\. .+\n4\.", text) for text in requests)
 
 
 def test_examples_that_do_not_fit_are_left_out_and_one_that_never_fits_is_an_error(folder, scripted):
-    assert run(folder, "stages.more.max_prompt_tokens=300").exit_code == 0
-    counts = {text.count("\nTask ") for text in scripted.asked if text.startswith("Here are examples")}
-    assert counts <= {1, 2}
-    result = run(folder, "stages.more.max_prompt_tokens=200", name="other")
+    assert run(folder, "stages.more.max_prompt_tokens=160").exit_code == 0
+    counts = {text.count("\n") for name, text in scripted.asked.items() if name.startswith("request-")}
+    assert counts == {1, 2}
+    result = run(folder, "stages.more.max_prompt_tokens=100", name="other")
     assert result.exit_code == 3
     assert "of the seeds alone makes a request of" in result.stderr
 
@@ -181,7 +185,7 @@ def test_a_judge_sets_aside_low_scores(folder, scripted):
 
 
 def test_it_fails_in_words_when_nothing_new_comes(folder, scripted):
-    scripted.task = lambda drawn: "Name three rivers."
+    scripted.rollout = lambda prompt, seed: Rollout(prompt, (9,), (0.0,), "Name three rivers.", "stop", 0, seed)
     result = run(folder, "stages.more.max_attempts=3")
     assert result.exit_code == 5
     said = " ".join(result.stderr.split())
@@ -196,16 +200,16 @@ def test_a_stopped_stage_goes_on_to_the_same_chats(folder, scripted):
     speak = scripted.rollout
 
     def interrupted(prompt, seed):
-        if prompt.id == "request-1":
+        if prompt.id == "request-0":
             os.kill(os.getpid(), signal.SIGINT)
         return speak(prompt, seed)
 
     scripted.rollout = interrupted
     assert run(folder).exit_code == 130
     scripted.rollout = speak
-    before = len(scripted.asked)
+    scripted.asked.clear()
     assert run(folder).exit_code == 0
-    assert "request-1" not in scripted.asked[before:]
+    assert "request-0" not in scripted.asked
     for name in ("data.jsonl", "rejected.jsonl"):
         assert (folder / "out" / "stages" / "more" / name).read_bytes() == (through / name).read_bytes()
 
