@@ -2,6 +2,7 @@
 # make quickstart   SmolLM2-135M through SFT, preferences, reward model, PPO and DPO; report in runs/quickstart
 # make test         the whole CPU test suite, after lint
 # make chaos        injects faults of every kind and counts what they did
+# make docs         the documentation as HTML, its recipe reference made from the schema
 # make gpu          the tests that need a CUDA device (with SET=gpu)
 # TORCH_INDEX=URL   where pip finds CPU builds of torch, if the default index has none (see README)
 
@@ -13,7 +14,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN ?= recipes/quickstart.yaml
 SET ?= cpu
 
-.PHONY: setup quickstart test gpu lint chaos bench clean
+.PHONY: setup quickstart test gpu lint chaos bench docs clean
 
 setup: $(VENV)/.$(SET)
 
@@ -47,6 +48,10 @@ chaos: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.peers
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/recipe_reference.py
+	$(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build *.egg-info

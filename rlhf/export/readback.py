@@ -65,7 +65,9 @@ def check_gguf(file: Path, folder: Path, kind: GgufType) -> Agreement:
 def _read_model(file: Path, source: PreTrainedConfig) -> torch.nn.Module:
     """Load the file in float32; what transformers' reader does not take from it (`_check_metadata` does) is given."""
     with loading(file):
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+        )
         if rope_factors(source) is not None:
             config.rope_parameters = source.rope_parameters
         if config.model_type == "qwen3":
@@ -102,7 +104,9 @@ def _check_metadata(file: Path, config: PreTrainedConfig) -> None:
 
 def _check_words(file: Path, tokenizer: ChatTokenizer) -> None:
     with loading(file):
-        theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
+        )
     for text in (*PROBES, tokenizer.hf.apply_chat_template(list(CHAT), tokenize=False)):
         ours = tokenizer.hf(text, add_special_tokens=False)["input_ids"]
         read = theirs(text, add_special_tokens=False)["input_ids"]

@@ -66,12 +66,13 @@ def train_epochs(
             context.tracker.spend(gradient_tokens=tokens)
             speed = tokens / (time.perf_counter() - start)
             extra = {"learning_rate": scale * stage.optimizer.learning_rate, "tokens_per_second": speed}
-            if watched.due(step, total, epoch):
-                extra |= watched.measure(step, final=step == len(plan))
+            final = step == len(plan) or context.spent() >= 1
+            if watched.due(step, total, epoch) or (heldout and final):
+                extra |= watched.measure(step, final)
             context.tracker.log(step, {**metrics, **extra})
             if isinstance(stage, PreferenceStage) and stage.save_every and step % stage.save_every == 0:
                 learner.save(context.folder / "checkpoints" / f"step-{step}").result()
             going.done(step, partial(dict, skipped=skipped, **watched.carry()))
-        if heldout and (watched.last is None or watched.last.step != step):  # the budget ended before the plan
+        if heldout and (watched.last is None or watched.last.step != step):  # time alone has used up the budget
             context.tracker.log(step, watched.measure(step, final=True))
     return watched.settle(step)

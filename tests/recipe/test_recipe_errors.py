@@ -39,8 +39,8 @@ def message(folder, text, *overrides):
             "kind: reward",
             "kind: rewrad",
             "recipe.yaml:13:11: stages.rm.kind: must be one of 'sft', 'classify', 'synthesize', 'annotate', 'reward', "
-            "'ppo', 'grpo', 'dr_grpo', 'rloo', 'reinforce_pp', 'online_dpo', 'dpo', 'robust_dpo', 'ipo', 'hinge', 'simpo', "
-            "'orpo', 'kto', 'compare', got 'rewrad' (did you mean reward?)",
+            "'ppo', 'grpo', 'dr_grpo', 'rloo', 'reinforce_pp', 'online_dpo', 'dpo', 'robust_dpo', 'ipo', 'hinge', "
+            "'simpo', 'orpo', 'kto', 'compare', got 'rewrad' (did you mean reward?)",
         ),
         ("    kind: reward\n", "", "recipe.yaml:12:5: stages.rm.kind: required but missing"),
         (

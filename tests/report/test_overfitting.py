@@ -102,7 +102,10 @@ def test_losses_that_hardly_fall_are_named_at_the_end_and_not_before():
     assert diagnose_curve("sft", rows) == []
     (found,) = diagnose_end(rows)
     assert (found.name, found.severity) == ("underfitting", "warn")
-    assert "In 120 steps the training loss went from 1.99 to 1.98 and the held-out loss from 2.00 to 1.99" in found.evidence
+    assert (
+        "In 120 steps the training loss went from 1.99 to 1.98 and the held-out loss from 2.00 to 1.99"
+        in found.evidence
+    )
     assert "higher learning rate" in found.advice
 
 
