@@ -23,7 +23,7 @@ from rlhf.recipe.base import PathData
 
 MEGABYTES = 60
 ALLOWED = 40
-"""Megabytes that reading and tokenising text may add to a process. Measured: 23, 23 and 39 of 30, 90 and 180 of text."""
+"""Megabytes that reading and tokenising may add to a process. Measured: 23, 23 and 39 of 30, 90 and 180 of text."""
 
 CHILD = """
 import sys
