@@ -20,10 +20,12 @@ from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import RecipeError
 from rlhf.models.adapter import adapter_config, adapter_weights
+from rlhf.models.loading import load_causal
 from rlhf.models.merging import merged_weights
+from rlhf.models.quantised import keep_packing, quantisation
 from rlhf.models.tuning import apply_tuning, trainable_parameters
 from rlhf.recipe.role_schema import RolloutRole
-from rlhf.recipe.tuning_schema import Lora
+from rlhf.recipe.tuning_schema import Ia3, Lora, Qlora, Tuning
 from rlhf.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -36,10 +38,12 @@ LORA = Lora(r=4, alpha=10)
 
 
 class Policy:
-    """A LoRA policy with the methods that `publish` needs."""
+    """An adapted policy with the methods that `publish` needs."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.model: PeftModel = apply_tuning(open_model(folder), LORA, seed)
+    def __init__(self, folder: Path, seed: int, tuning: Tuning = LORA) -> None:
+        model = load_causal(folder, "float32", **quantisation(tuning, "float32"))
+        keep_packing(model)
+        self.model: PeftModel = apply_tuning(model, tuning, seed).eval()
         self.change(seed)
 
     @torch.no_grad()
@@ -98,11 +102,18 @@ def test_another_base_is_served_without_the_adapter_and_takes_one_of_its_own(rep
     Policy(folders[0], seed=1).publish(replica, 3)
     RayRollout([replica], DEADLINE_S).load(folders[1], 4).result()
     agrees(replica, open_model(folders[1]), 4)
-    policy = Policy(folders[1], seed=2)
+    policy = Policy(folders[1], seed=2, tuning=Lora(r=4, alpha=10, rslora=True))
     policy.publish(replica, 5)
     agrees(replica, policy.model, 5)
     publish(lambda: merged_weights(policy.model), [replica], 6, DEADLINE_S)  # as a stage that trains all weights
     agrees(replica, policy.model, 6)
+
+
+@pytest.mark.parametrize("tuning", [Lora(r=4, dora=True), Lora(r=4, init="pissa"), Ia3(), Qlora(r=4)])
+def test_merged_weights_of_other_methods_are_served_as_they_are(replica, folders, tuning):
+    policy = Policy(folders[0], seed=3, tuning=tuning)
+    publish(lambda: merged_weights(policy.model), [replica], 7, DEADLINE_S)
+    agrees(replica, policy.model, 7)
 
 
 @pytest.mark.parametrize(("r", "rank"), [(1, 1), (4, 8), (16, 16), (100, 128)])

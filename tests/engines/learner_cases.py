@@ -38,7 +38,6 @@ TUNINGS: dict[str, Tuning] = {
     "full": Full(),
     "lora": Lora(r=4, alpha=8),
     "dora": Lora(r=4, dora=True),
-    "pissa": Lora(r=4, init="pissa"),
     "qlora": Qlora(r=4),
     "ia3": Ia3(),
     "llama_adapter": LlamaAdapter(tokens=4),
@@ -91,13 +90,8 @@ LEARNER_CASES = [
     LearnerCase("reward", 3),
     LearnerCase("reward", 3, "lora", whole=True),
     *(LearnerCase(name, stage, frozen=True) for name in ("sft", "reward") for stage in (2, 3)),
-    *(
-        LearnerCase("sft", stage, name)
-        for name in OTHERS
-        for stage in (2, 3)
-        if stage == 2 or support(TUNINGS[name]).cut
-    ),
-    *(LearnerCase("reward", 3, name) for name in ("dora", "prefix_tuning")),
+    *(LearnerCase("sft", 3 if support(TUNINGS[name]).cut else 2, name) for name in OTHERS),
+    LearnerCase("reward", 3, "prefix_tuning"),
 ]
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 
@@ -126,3 +128,24 @@ def test_pairs_about_what_a_comparison_asks_are_refused(tmp_path):
     result = CliRunner().invoke(main, ["data", "inspect", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 3
     assert "1 of 2 prompts of stages.duel are also in stages.dpo, for example 'Say hello in Swahili.'" in result.stderr
+
+
+def test_a_stage_learns_the_same_from_parquet_as_from_jsonl(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": str(n), "chosen": str(n), "rejected": "no"} for n in range(40)]
+    write(tmp_path / "rows.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=16)
+    found = {}
+    for kind in ("jsonl", "parquet"):
+        (tmp_path / f"{kind}.yaml").write_text(
+            f'name: {kind}\nmodel: {{path: "tiny://llama", dtype: float32}}\nstages:\n'
+            f"  - {{name: sft, kind: sft, data: {{path: rows.{kind}}}}}\n"
+            f"  - {{name: dpo, kind: dpo, policy: sft, data: {{path: rows.{kind}, format: preference}}}}\n"
+        )
+        command = ["run", str(tmp_path / f"{kind}.yaml"), "--local", "--output", str(tmp_path / kind)]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        found[kind] = [
+            (tmp_path / kind / "stages" / stage / "model" / "model.safetensors").read_bytes()
+            for stage in ("sft", "dpo")
+        ]
+    assert found["jsonl"] == found["parquet"]

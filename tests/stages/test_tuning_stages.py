@@ -166,6 +166,27 @@ def test_what_cannot_be_merged_trains_on_pairs_and_as_a_critic(tmp_path, kind):
     assert "model" not in left
 
 
+@pytest.mark.parametrize(
+    ("tuning", "left"),
+    [
+        ("{kind: ia3}", {"model", "adapter"}),
+        ("{kind: lora, dora: true}", {"model", "adapter"}),
+        ("{kind: qlora}", {"model", "adapter"}),
+        ("{kind: layers, last: 1}", {"model"}),
+        ("{kind: p_tuning}", {"adapter"}),
+        ("{kind: prefix_tuning}", {"adapter"}),
+        ("{kind: llama_adapter}", {"adapter"}),
+    ],
+)
+def test_classifiers_train_by_a_method(tmp_path, tuning, left):
+    changes = (f"tuning={tuning}", "stages.kinds.epochs=3", "stages.kinds.optimizer.learning_rate=1e-2")
+    run(load_recipe(RECIPES / "smoke" / "classify.yaml", changes), tmp_path)
+    stage = tmp_path / "stages" / "kinds"
+    assert {name for name in ("model", "adapter") if (stage / name).exists()} == left
+    found = losses(tmp_path, "kinds")
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
 def qwen(tmp_path):
     """Write a tiny Qwen2 with the tokenizer of the tiny Llama."""
     folder = build_tiny(tmp_path / "qwen")
