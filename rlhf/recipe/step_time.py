@@ -48,7 +48,7 @@ class OnlineStep:
 def step_work(recipe: Recipe, stage: Stage) -> StepWork | None:
     """Return how an optimizer step's rows are shared; None for a stage that does not train."""
     name: RoleName = "reward" if stage.kind == "reward" else "policy"
-    if stage.kind in ("annotate", "compare"):
+    if stage.kind in ("annotate", "synthesize", "compare"):
         return None
     ranks = process_count(recipe, name)
     rows, tokens = math.ceil(step_rows(stage) / ranks), microbatch_tokens(stage, ranks)

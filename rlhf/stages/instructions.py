@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rapidfuzz import process
@@ -130,16 +130,16 @@ class Neighbour:
 class Pool:
     """Instructions by name, among which no two should be alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, items: Iterable[tuple[str, str]] = ()) -> None:
         self.names: list[str] = []
-        self.texts: list[str] = []
         self.words: list[list[str]] = []
         self.exact: set[str] = set()
+        for name, text in items:
+            self.add(name, text)
 
     def add(self, name: str, text: str) -> None:
         """Take one in."""
         self.names.append(name)
-        self.texts.append(text)
         self.words.append(words(text))
         self.exact.add(normalised(text))
 

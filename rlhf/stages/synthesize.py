@@ -25,7 +25,14 @@ from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
 from rlhf.rewards.skips import Skips
 from rlhf.roles import Pending, Ready, RewardSource, RolloutEngine
 from rlhf.stages.context import StageContext
-from rlhf.stages.instructions import Pool, answer_fault, instruction_fault, normalised, parse_instructions
+from rlhf.stages.instructions import (
+    Neighbour,
+    Pool,
+    answer_fault,
+    instruction_fault,
+    normalised,
+    parse_instructions,
+)
 from rlhf.stages.sft import Summary
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -55,8 +62,6 @@ class Draft:
     number: int
     instruction: str
     examples: tuple[str, ...]
-    nearest: str
-    similarity: float
     seed: int
 
     @property
@@ -141,9 +146,8 @@ class Writer:
         own = [(chat.id, chat.instruction) for chat in made.chats]
         shown = [self._shown(number, own) for number in requests]
         prompts = [self._request(number, tasks) for number, tasks in zip(requests, shown, strict=True)]
-        pool = Pool()
-        for name, text in (*self.seeds, *own):
-            pool.add(name, text)
+        there = (*self.seeds, *own)
+        pool = Pool(there)
         drafts: list[Draft] = []
         before = drawn
         for tasks, rollout in zip(shown, self._draw(prompts, "instruction", self.room), strict=True):
@@ -158,7 +162,7 @@ class Writer:
                 else:
                     drafts.append(found)
                     pool.add(found.name, found.instruction)
-        self._answer(drafts, made)
+        self._answer(drafts, Pool(there), made)
         return drawn - before
 
     def _shown(self, number: int, own: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -198,15 +202,14 @@ class Writer:
             reason = "asked in a comparison"
         if reason is None and text in pool:
             reason = "repeat"
-        if reason is None:
-            near = pool.nearest(text)
-            if near.similarity <= self.stage.max_similarity:
-                return Draft(number, text, examples, near.name, near.similarity, rollout.seed)
+        if reason is None and pool.nearest(text).similarity > self.stage.max_similarity:
             reason = "similar"
+        if reason is None:
+            return Draft(number, text, examples, rollout.seed)
         return Rejected(reason, text or rollout.text, text, examples, rollout.seed)
 
-    def _answer(self, drafts: Sequence[Draft], made: Made) -> None:
-        """Have the instructions answered, and keep those whose answer is worth it."""
+    def _answer(self, drafts: Sequence[Draft], pool: Pool, made: Made) -> None:
+        """Have the instructions answered, and keep those whose answer is worth it; `pool` has what was kept before."""
         prompts = [
             Prompt(draft.name, tuple(self.tokenizer.prompt_ids(_question(draft))), draft.instruction)
             for draft in drafts
@@ -228,7 +231,8 @@ class Writer:
         scores = self._scores([rollout for _, rollout in answered])
         for (draft, rollout), score in zip(answered, scores, strict=True):
             if score is None or score >= self.stage.min_score:
-                made.chats.append(_chat(draft, rollout, score))
+                made.chats.append(_chat(draft, rollout, pool.nearest(draft.instruction), score))
+                pool.add(draft.name, draft.instruction)
             else:
                 low = Rejected("answer: low score", rollout.text, draft.instruction, draft.examples, draft.seed)
                 made.rejected.append(low)
@@ -268,13 +272,13 @@ def _question(draft: Draft) -> list[dict[str, str]]:
     return [{"role": "user", "content": draft.instruction}]
 
 
-def _chat(draft: Draft, rollout: Rollout, score: float | None) -> Chat:
+def _chat(draft: Draft, rollout: Rollout, near: Neighbour, score: float | None) -> Chat:
     return Chat(
         id=draft.name,
         messages=(Turn("user", draft.instruction), Turn("assistant", rollout.text.strip())),
         examples=draft.examples,
-        nearest=draft.nearest,
-        similarity=draft.similarity,
+        nearest=near.name,
+        similarity=near.similarity,
         instruction_seed=draft.seed,
         answer_seed=rollout.seed,
         score=score,

@@ -172,7 +172,7 @@ def timeless(report: Path) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_metric_is_the_same(both, stage):
     assert rows(both.ray.folder, stage) == rows(both.local, stage)
-    assert len(rows(both.ray.folder, stage)) == {"sft": 6, "pairs": 1, "rm": 12, "ppo": 6, "dpo": 4, "duel": 0}[stage]
+    assert len(rows(both.ray.folder, stage)) == {"sft": 7, "pairs": 1, "rm": 13, "ppo": 6, "dpo": 5, "duel": 0}[stage]
 
 
 @pytest.mark.parametrize("stage", TRAINED)

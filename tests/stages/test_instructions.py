@@ -82,9 +82,8 @@ def test_similarity_is_rouge_l():
 
 
 def test_a_pool_knows_its_nearest_and_its_equals():
-    pool = Pool()
-    for name, text in (("a", "Write a poem about rain."), ("b", "Name three rivers."), ("c", "Name three lakes.")):
-        pool.add(name, text)
+    pool = Pool([("a", "Write a poem about rain."), ("b", "Name three rivers.")])
+    pool.add("c", "Name three lakes.")
     near = pool.nearest("Name four rivers")
     assert (near.name, near.similarity) == ("b", pytest.approx(2 / 3))
     assert pool.nearest("Name three seas").name == "b"  # the first of equals

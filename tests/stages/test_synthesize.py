@@ -116,10 +116,8 @@ def test_chats_pass_every_filter_and_what_does_not_is_told(folder, scripted):
         assert chat.messages[1].content.startswith("This is what number")
         assert chat.similarity <= 0.8
         assert len(chat.examples) == 3
-        if chat.nearest in pool:
-            near = rouge_l(words(chat.instruction), words(pool[chat.nearest]))
-            assert chat.similarity == near
-            assert all(near >= rouge_l(words(chat.instruction), words(text)) for text in pool.values())
+        near = {name: rouge_l(words(chat.instruction), words(text)) for name, text in pool.items()}
+        assert chat.similarity == near[chat.nearest] == max(near.values())
         pool[chat.id] = chat.instruction
     assert len({normalised(chat.instruction) for chat in chats}) == 30
     told = summary(folder)
