@@ -17,7 +17,7 @@ from rlhf.models.folder import loading
 from rlhf.models.quantised import keep_packing, quantisation
 from rlhf.recipe.tuning_schema import Qlora
 
-ROUNDED = 0.05
+ROUNDED = 0.02
 """Share of the spread by which merged weights in bfloat16 may move the logits of the adapter on its base."""
 FLOAT = 1e-3
 """The same where the merged weights are float32."""

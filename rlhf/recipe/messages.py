@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from rlhf.recipe.schema import FILE_NAME, Recipe
 from rlhf.recipe.source import Node
@@ -225,5 +225,7 @@ def _expected(error: ErrorDetails, field: FieldInfo | None) -> str:
 
 
 def _shown(value: object) -> str:
+    if value is PydanticUndefined:
+        return "nothing"
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
