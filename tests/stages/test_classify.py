@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import rlhf
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -147,8 +148,7 @@ def test_an_interrupted_stage_ends_with_the_same_bits(finished, tmp_path, monkey
 
 @pytest.mark.ray
 def test_through_ray_it_is_the_same(finished, tmp_path):
-    result = run(SMOKE, tmp_path)
-    assert result.exit_code == 0, result.output
+    rlhf("run", SMOKE, "--output", tmp_path)
     for one, other in zip(metrics(tmp_path), metrics(finished), strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     assert summary(tmp_path) == pytest.approx(summary(finished), rel=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import rlhf
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -199,12 +200,10 @@ def qwen(tmp_path):
 
 @pytest.mark.ray
 def test_two_methods_through_ray(tmp_path):
-    from actors.launch import RayLauncher
-
-    loaded = short(tmp_path, "{kind: lora, dora: true, rslora: true}", "tiny://llama", "stages.dpo.tuning={kind: ia3}")
-    few = replace(loaded, recipe=loaded.recipe.model_copy(update={"stages": loaded.recipe.stages[:2]}))
-    run(few, tmp_path / "ray", RayLauncher)
-    run(few, tmp_path / "local")
+    changes = ["stages.dpo.tuning={kind: ia3}", "stages.ppo.steps=1"]
+    loaded = short(tmp_path, "{kind: lora, dora: true, rslora: true}", "tiny://llama", *changes)
+    rlhf("run", loaded.path, "--output", tmp_path / "ray", *(f"--set={change}" for change in changes))
+    run(loaded, tmp_path / "local")
     for stage in ("sft", "dpo"):
         assert losses(tmp_path / "ray", stage) == pytest.approx(losses(tmp_path / "local", stage), rel=1e-5)
     assert check_run(tmp_path / "ray").problems == []
