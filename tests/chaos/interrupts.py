@@ -116,10 +116,11 @@ def run(count: int, rng: random.Random) -> Row:
             life[local] = time.monotonic() - began
         while totals["interrupted"] < count:
             local = totals["through Ray"] >= count // 5
+            quota = count if local else count // 5
             folder = Path(name) / f"run-{totals['runs']}"
             totals["runs"] += 1
             ended = False
-            while not ended and totals["interrupted"] < count:
+            while not ended and totals["interrupted"] < quota:
                 ended, wrong = interrupt(folder, local, life[local], rng)
                 totals["interrupted"] += not ended
                 totals["through Ray"] += not (ended or local)

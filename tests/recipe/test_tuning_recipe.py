@@ -114,6 +114,12 @@ def test_a_stage_that_nothing_uses_may_leave_an_adapter_alone(folder, text):
     folder.load(text + alone)
 
 
+def test_a_reward_model_that_nothing_could_score_with_is_refused(folder, text):
+    alone = "  - {name: rm2, kind: reward, data: {path: data/pairs.jsonl}, tuning: {kind: p_tuning}}\n"
+    with pytest.raises(RecipeError, match=f"no reward model that anything could score with; those that do: {ABLE}"):
+        folder.load(text + alone)
+
+
 def test_the_reference_stays_in_the_policy_while_its_base_is_whole(folder, text):
     def shared(tuning):
         recipe = folder.load(text, "roles.reference={share: policy}", f"stages.ppo.tuning={tuning}").recipe
