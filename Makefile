@@ -37,7 +37,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	status=0; \
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not (gpu or ray or vllm)" || status=1; \
+	$(BIN)/python -m pytest -m "(ray or vllm) and not gpu" || status=1; \
+	exit $$status
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
 
+def pytest_configure() -> None:
+    """Give each of several workers a core of its own: what they start takes no more threads than that."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+
+
 @pytest.fixture(scope="session")
 def user_cache() -> Path:
     """The cache of the person who runs the tests; only the real model goes there, as it takes long to convert."""
