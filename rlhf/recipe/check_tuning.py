@@ -90,7 +90,8 @@ def _result(stage: Stage, key: str, tuning: Tuning, users: Mapping[str, str]) ->
         why = f"{tuning.kind} leaves an adapter and no model, and stage {users[stage.name]!r} uses the model"
         yield f"{why}; methods that leave one: {able}"
     elif isinstance(stage, RewardStage):
-        yield f"{tuning.kind} leaves an adapter and no reward model that anything could score with; those that do: {able}"
+        why = f"{tuning.kind} leaves an adapter and no reward model that anything could score with"
+        yield f"{why}; those that do: {able}"
     elif getattr(stage, "save_every", None):
         yield f"{tuning.kind} leaves no model that save_every could write; methods that do: {able}"
 
