@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import RecipeError
+from rlhf.models.lean import show_bitsandbytes
 from rlhf.recipe.tuning_schema import Qlora, Tuning
 
 
@@ -24,6 +25,7 @@ def quantisation(tuning: Tuning | None, dtype: str) -> dict[str, Any]:
     if not isinstance(tuning, Qlora):
         return {}
     check_quantisation()
+    show_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
