@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -55,12 +55,7 @@ def train_epochs(
             context.tracker.expect(total)
             scale = lr_scale(stage.optimizer, index, total)
             metrics = learner.train(batch, objective, [range(len(picked))], scale).result()
-            skipped = skipped + 1 if metrics["skipped_steps"] else 0
-            if skipped == min(MAX_SKIPPED, len(plan)):
-                raise GuardError(
-                    f"the gradient was not finite {skipped} steps in a row;"
-                    " lower optimizer.learning_rate or use float32"
-                )
+            skipped = _skipped(skipped, metrics, len(plan))
             step = index + 1
             tokens = batch.token_count()
             context.tracker.spend(gradient_tokens=tokens)
@@ -76,3 +71,13 @@ def train_epochs(
         if heldout and (watched.last is None or watched.last.step != step):  # time alone has used up the budget
             context.tracker.log(step, watched.measure(step, final=True))
     return watched.settle(step)
+
+
+def _skipped(before: int, metrics: Mapping[str, float], planned: int) -> int:
+    """Return how many steps in a row have been skipped; GuardError when they are too many."""
+    skipped = before + 1 if metrics["skipped_steps"] else 0
+    if skipped == min(MAX_SKIPPED, planned):
+        raise GuardError(
+            f"the gradient was not finite {skipped} steps in a row; lower optimizer.learning_rate or use float32"
+        )
+    return skipped
