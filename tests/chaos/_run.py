@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from tests.chaos.row import environment, pinned
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 MARK = "RLHF_CHAOS_RUN"
 STEPS = {"ppo": 60, "dpo": 32}
@@ -97,10 +99,14 @@ class Run:
     def start(self) -> None:
         self.starts += 1
         command = [sys.executable, "-m", "rlhf.cli", "run", str(self.recipe), "--output", str(self.folder)]
-        environment = os.environ | {MARK: self.folder.name, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self.folder.with_suffix(".log").open("ab") as log:
             self.process = subprocess.Popen(
-                command + ["--local"] * self.local, env=environment, stdout=log, stderr=log, start_new_session=True
+                command + ["--local"] * self.local,
+                env=environment(**{MARK: self.folder.name}),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=pinned(0) if self.local else None,
             )
 
     def ended(self) -> int | None:

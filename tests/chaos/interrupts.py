@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from rlhf.checkpoint import problems, states
-from tests.chaos.row import Row, only
+from tests.chaos.row import Row, environment, only, pinned
 
 COUNT = 50
 FAULTS = ("damaged", "orphans", "wrong exit codes", "hangs", "different weights")
@@ -41,9 +41,15 @@ def command(folder: Path, local: bool) -> list[str]:
 
 
 def start(folder: Path, local: bool, mark: str) -> subprocess.Popen[bytes]:
-    environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
-        return subprocess.Popen(command(folder, local), env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command(folder, local),
+            env=environment(**{MARK: mark}),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=pinned(1) if local else None,
+        )
 
 
 def marked(mark: str) -> list[psutil.Process]:

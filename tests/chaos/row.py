@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class Row:
         """Return the row in one line."""
         said = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         return f"{'ok' if self.passed else 'MISSED'}  {self.name}: {said} (aim: {self.aim})"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a run that shares the machine: one thread, and Ray's workers as urgent as others."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"} | more
+
+
+def pinned(row: int) -> Callable[[], None]:
+    """Return what keeps a process on one core, so that runs of two rows do not wait for each other's threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    return partial(os.sched_setaffinity, 0, {cores[row % len(cores)]})
 
 
 def measure(name: str, share: float, seed: int) -> tuple[Row, float]:
