@@ -41,6 +41,7 @@ def main() -> None:
     table = Table("fault", "aim", "seen", "s", title=f"seed {options.seed}")
     rows: list[Row] = []
     names = sorted(options.rows or known, key=lambda name: name not in LONGEST)
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # rows are told, and nothing else
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
         for done in as_completed([pool.submit(measure, name, options.share, options.seed) for name in names]):
