@@ -75,12 +75,16 @@ stages:
 """
 
 
-def holders(token: str) -> list[psutil.Process]:
-    """Return all processes that have a cluster's token in their environment: everything that it started."""
+def holders(token: str, said: str = "") -> list[psutil.Process]:
+    """Return all processes that have a cluster's token in their environment: everything that it started.
+
+    With `said` only those whose command line holds it.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("RAY_AUTH_TOKEN") == token and process.status() != psutil.STATUS_ZOMBIE:
+            living = process.environ().get("RAY_AUTH_TOKEN") == token and process.status() != psutil.STATUS_ZOMBIE
+            if living and said in " ".join(process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

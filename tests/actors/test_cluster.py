@@ -117,9 +117,8 @@ def test_roles_spread_over_nodes_and_what_a_lost_node_held_finds_no_room_but_not
 
     lost = cluster.nodes.pop(LAST)
     lost.send_signal(signal.SIGKILL)
-    for process in holders(cluster.token):
-        if f"--node_ip_address={LAST}" in " ".join(process.cmdline()):
-            process.kill()
+    for process in holders(cluster.token, said=f"--node_ip_address={LAST}"):
+        process.kill()
     code, out, err = finish(run)
     assert code == 4, err
     assert re.search(r"(policy|reference|critic|rollout)\S*: the process died", out), out
