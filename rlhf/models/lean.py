@@ -14,7 +14,12 @@ from typing import Any, cast
 
 
 def import_lean() -> None:
-    """Import transformers and PEFT as if those packages were not there; whoever wants them can import them after."""
+    """Import transformers and PEFT as if those packages were not there; whoever wants them can import them after.
+
+    Where either is imported already it may have found them, and must go on finding them: then nothing is done.
+    """
+    if {"transformers", "peft"} & sys.modules.keys():
+        return
     with _hidden("sklearn", "scipy", "bitsandbytes"):
         import transformers.generation.candidate_generator  # noqa: F401  asks for the first two
         from peft import import_utils

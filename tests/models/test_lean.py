@@ -23,6 +23,16 @@ def test_what_was_hidden_can_be_imported_after():
     assert printed(code) == ["1.0"]
 
 
+def test_who_has_found_a_package_goes_on_finding_it():
+    code = """
+from transformers.utils import is_scipy_available, is_sklearn_available
+print(is_scipy_available(), is_sklearn_available())
+import rlhf.engines.learner
+from transformers import AutoModelForCausalLM
+"""
+    assert printed(code) == ["True True"]
+
+
 def test_bitsandbytes_is_found_when_it_is_asked_for():
     pytest.importorskip("bitsandbytes")
     code = """
