@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""glibc keeps freed memory and uses huge pages: about a quarter faster training on CPU than its defaults."""
+import os
 
+from rlhf.allocator import allocator
 
 SPIN = "10000"
 """How long an idle OpenMP thread spins: as fast as spinning for ever, but it soon yields to other processes."""
@@ -25,5 +20,5 @@ def learner_environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        **ALLOCATOR,
+        **allocator(os.environ),
     }

@@ -22,7 +22,9 @@ class TorchEngine:
     """Owns the gradients and the AdamW state of a module's trainable parameters.
 
     Low-precision parameters keep a float32 master copy; gradients add up in float32 over micro-batches, so how a
-    batch is cut does not change the step beyond float32 rounding. `head_learning_rate` is for a fresh scalar head.
+    batch is cut does not change the step beyond float32 rounding. A gradient moves to its master as soon as backward
+    has formed it, so that those of low precision never lie in memory all at once. `head_learning_rate` is for a fresh
+    scalar head.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class TorchEngine:
         self.max_tokens = max_tokens
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
-        self.masters = [p.detach().clone().float().requires_grad_() for p in self.parameters]
+        self.masters = [_master(p) for p in self.parameters]
+        self.hooks = [p.register_post_accumulate_grad_hook(self._collector(p, m)) for p, m in self._copies()]
+        self.idle: dict[Tensor, Tensor] = {}
         self.trained = [(name, master) for (name, _), master in zip(named, self.masters, strict=True)]
         self.optimizer = build_adamw(self.trained, optimizer, head_learning_rate)
 
@@ -43,8 +47,7 @@ class TorchEngine:
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm))
         if math.isfinite(norm):
             self._apply(lr_scale)
-        for master in self.masters:
-            master.grad = None
+        self._let_go()
         return metrics.merge(step_metrics(norm))
 
     def run(self, function: Callable[[nn.Module, B], T], batch: B) -> T:
@@ -69,7 +72,9 @@ class TorchEngine:
         return [self.masters, self.optimizer]
 
     def close(self) -> None:
-        """Do nothing: the module stays as it is."""
+        """Leave the module as it is; its gradients are its own again."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _accumulate(self, batch: B, objective: Objective[B]) -> Metrics:
         total = objective.count(batch)
@@ -78,17 +83,35 @@ class TorchEngine:
         for _, part in micro_batches(batch, self.max_tokens, runs_flat(self.module)):
             loss, measured = objective.loss(self.module, part)
             (loss / total).backward()
-            self._collect()
             metrics = metrics.merge(measured)
         return metrics
 
-    def _collect(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.grad is None:
-                continue
-            grad: Tensor = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            parameter.grad = None
+    def _collector(self, parameter: Tensor, master: Tensor) -> Callable[[Tensor], None]:
+        """Return what adds a gradient that backward has formed to the master's."""
+
+        def collect(_: Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            if grad is None:
+                return
+            if master.grad is not None:
+                master.grad.add_(grad)
+            else:
+                idle = self.idle.pop(master, None)
+                master.grad = grad.float() if idle is None else idle.copy_(grad)
+
+        return collect
+
+    def _let_go(self) -> None:
+        """End the gradients' step; on CPU their memory waits for the next one, as new pages are dear there."""
+        for master in self.masters:
+            if master.grad is not None and master.device.type == "cpu":
+                self.idle[master] = master.grad
+            master.grad = None
+
+    def _copies(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the parameters that have a master beside them, with it."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        return ((parameter, master) for parameter, master in pairs if master is not parameter)
 
     @torch.no_grad()
     def _apply(self, lr_scale: float) -> None:
@@ -98,8 +121,13 @@ class TorchEngine:
 
     @torch.no_grad()
     def _spread(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
+        for parameter, master in self._copies():
             parameter.copy_(master)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """Return what the optimizer steps: the parameter, or a float32 copy of one in low precision."""
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
 
 
 def step_metrics(norm: float) -> Metrics:

@@ -1,0 +1,40 @@
+"""The memory allocator of processes that train on a CPU, chosen by their environment before they start."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+JEMALLOC = (
+    "thp:always,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"  # see its TUNING
+)
+GLIBC = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def allocator(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that give a process an allocator which keeps freed memory and uses huge pages.
+
+    jemalloc as Ray brings it, where it is there; glibc otherwise, which often cannot use a freed tensor's place for the
+    next tensor of that size (it looks for 64 bytes more, to align it), and so takes new pages in every step. Nothing
+    where `environ` preloads a library already: that is the user's choice.
+    """
+    if environ.get("LD_PRELOAD"):
+        return {}
+    library = _library()
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": JEMALLOC} if library else GLIBC
+
+
+def _library() -> Path | None:
+    """Return Ray's jemalloc; it is built for pages of 4 KiB, which x86-64 has everywhere."""
+    ray = find_spec("ray")
+    if ray is None or ray.origin is None or platform.machine() != "x86_64":
+        return None
+    library = Path(ray.origin).parent / "core" / "libjemalloc.so"
+    return library if library.is_file() else None

@@ -1,0 +1,56 @@
+"""The allocator of processes that train: what is set, and that a process gets it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import allocator as module
+from rlhf.allocator import GLIBC, allocator
+
+GROWTH = """
+import resource, torch
+
+def step():
+    kept = [torch.ones(2**19), torch.ones(1000)]  # the large one goes, small ones around it stay
+    return kept[1], [torch.ones(1000) for _ in range(8)]
+
+held = [step() for _ in range(8)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+held += [step() for _ in range(64)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(any("jemalloc" in line for line in open("/proc/self/maps")))
+"""
+
+
+def test_a_users_choice_stays():
+    assert allocator({"LD_PRELOAD": "/usr/lib/libtcmalloc.so.4"}) == {}
+
+
+def test_jemalloc_where_ray_brings_it_and_glibc_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    ray = tmp_path / "ray" / "__init__.py"
+    monkeypatch.setattr(module, "find_spec", lambda name: type("Spec", (), {"origin": str(ray)}))
+    assert allocator({}) == GLIBC
+    library = tmp_path / "ray" / "core" / "libjemalloc.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert allocator({})["LD_PRELOAD"] == str(library)
+    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    assert allocator({}) == GLIBC
+
+
+@pytest.mark.skipif("LD_PRELOAD" not in allocator({}), reason="Ray brings no jemalloc for this machine")
+def test_a_process_runs_on_it_and_uses_freed_memory_again():
+    settings = allocator({})
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"} | settings
+    ended = subprocess.run([sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True)
+    grown_kib, loaded = ended.stdout.split()
+    assert loaded == "True"
+    assert int(grown_kib) < 64 * 1024  # of 128 MiB taken and freed
+    assert Path(settings["LD_PRELOAD"]).is_file()
+    assert "jemalloc" not in ended.stderr  # it says there what it does not understand of MALLOC_CONF
