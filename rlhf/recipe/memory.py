@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from rlhf.recipe.activations import FLOAT, Pass, backward, forward, kept, logits
-from rlhf.recipe.heap import learning_slack, scoring_slack
 from rlhf.recipe.model_shape import Model
 from rlhf.recipe.role_schema import Offload, ZeroStage
 from rlhf.recipe.tuning_schema import Qlora
@@ -23,6 +22,10 @@ GATHERED = 1_000_000_000
 
 SLACK = 0.08
 """What PyTorch's allocator loses of a GPU between activations, logits and gradients, as a share of them: a guess."""
+
+HEAP_MOVING, HEAP_STATE = 0.28, 0.16
+"""What a process's heap on a CPU loses, as shares of activations and logits, and of what stays between passes: those
+that agree best with `tests/benchmarks/memory_model.py`, under the allocator of `rlhf/allocator.py`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Cut:
     offload: Offload = "none"
     checkpointing: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether torch alone trains the model."""
+        return self.ranks == 1 and self.offload == "none"
+
     def share(self, stage: ZeroStage) -> int:
         """Return by how much a rank's part is smaller that is divided from `stage` on."""
         return self.ranks if self.zero_stage >= stage else 1
@@ -96,14 +104,13 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
     scored = logits(model, work, False, on_gpu)
     score = replace(resident, activations=int(entered + (0 if scored > widest else widest)), buffers=gathered)
     score = replace(score, logits=scored if scored > widest else 0)
-    heap = scoring_slack(model, score.activations, score.logits)
-    score = replace(score, slack=int(SLACK * _moving(score)) if on_gpu else heap)
+    score = replace(score, slack=_slack(score, on_gpu))
     if not model.trained:
         return LearnerMemory(resident, score, resident, host)
-    learn = max(_moments(model, work, cut, on_gpu), key=lambda memory: memory.total)
+    moments = (_moments_alone if cut.plain else _moments)(model, work, cut, on_gpu)
+    learn = max(moments, key=lambda memory: memory.total)
     learn = replace(learn, weights=weights, optimizer=optimizer, buffers=learn.buffers + gathered)
-    heap = learning_slack(model, work, logits(model, work, True, on_gpu), cut.checkpointing)
-    learn = replace(learn, slack=int(SLACK * _moving(learn)) if on_gpu else heap)
+    learn = replace(learn, slack=_slack(learn, on_gpu))
     return LearnerMemory(resident, score, learn, host + (learn.gradients if cut.offload != "none" else 0))
 
 
@@ -129,13 +136,38 @@ def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
     ]
 
 
-def _moving(memory: Memory) -> int:
-    return memory.activations + memory.logits + memory.gradients
+def _moments_alone(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
+    """Return the same where torch alone trains: a gradient moves to float32 as soon as backward has formed it.
+
+    A float32 weight's stays where it is. On CPU the memory of float32 gradients is kept from step to step.
+    """
+    layer = kept(model, work, on_gpu)
+    entered = model.size * work.tokens * model.shape.hidden
+    layers = model.learning_layers * (entered if cut.checkpointing else layer)
+    again = layer if cut.checkpointing else 0
+    summed = FLOAT * model.trainable
+    table = 0 if not model.full or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
+    waiting = summed if work.passes > 1 or (model.size < FLOAT and not on_gpu) else 0
+    return [
+        Memory(activations=int(layers), logits=logits(model, work, True, on_gpu), gradients=waiting),
+        Memory(activations=int(layers + again + backward(model, work, on_gpu)), gradients=waiting + table),
+        Memory(activations=int(entered), gradients=summed + table),
+    ]
+
+
+def _slack(memory: Memory, on_gpu: bool) -> int:
+    """Return what the allocator loses."""
+    moving = memory.activations + memory.logits
+    if on_gpu:
+        return int(SLACK * (moving + memory.gradients))
+    return int(HEAP_MOVING * moving + HEAP_STATE * (memory.weights + memory.gradients + memory.optimizer))
 
 
 def _optimizer(model: Model, cut: Cut) -> int:
-    """Return the bytes of float32 masters and two moments; at stage 0 DeepSpeed steps the weights themselves."""
-    masters = 0 if cut.zero_stage == 0 and cut.ranks > 1 else FLOAT
+    """Return the bytes of float32 masters and two moments; float32 weights are stepped themselves by torch alone, and
+    all weights by DeepSpeed at stage 0."""
+    alone = cut.plain and model.size == FLOAT
+    masters = 0 if alone or (cut.zero_stage == 0 and cut.ranks > 1) else FLOAT
     return (masters + 2 * FLOAT) * model.trainable // cut.share(1)
 
 

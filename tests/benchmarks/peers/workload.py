@@ -48,7 +48,11 @@ def build_models(folder: Path) -> tuple[Path, Path]:
 
 
 def step_examples(row: Row, steps: int, seed: int = 5) -> list[list[Example]]:
-    """Return the examples of each step; every completion ends with the end-of-sequence token."""
+    """Return the examples of each step; every completion ends with the end-of-sequence token.
+
+    The step with the most tokens comes first, in the warm-up, so that a process has the memory that it needs by the
+    time that steps count: a page that is new to it may cost more than what is computed on it.
+    """
     draw = np.random.default_rng(seed)
 
     def ids(mean: float) -> list[int]:
@@ -58,7 +62,9 @@ def step_examples(row: Row, steps: int, seed: int = 5) -> list[list[Example]]:
         prompt = ids(row.prompt)
         return Example(prompt, [[*ids(row.completion)[:-1], EOS] for _ in range(row.completions)])
 
-    return [[example() for _ in range(row.examples)] for _ in range(steps)]
+    made = [[example() for _ in range(row.examples)] for _ in range(steps)]
+    largest = max(range(steps), key=lambda step: row.tokens(made[step]))
+    return [made.pop(largest), *made]
 
 
 def spread_examples(sigma: float, rows: int, mean: int, steps: int) -> list[list[Example]]:
