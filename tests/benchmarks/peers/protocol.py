@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import psutil
 
@@ -29,6 +30,7 @@ SAMPLED = 0.02
 
 TIMEOUT = 900
 
+A = TypeVar("A", bound=str)
 Steps = list[list[Example]]
 
 
@@ -59,9 +61,9 @@ class Measured:
     probes: list[float] = field(default_factory=list)
 
 
-def interleaved(arms: Sequence[Arm], processes: int) -> list[Arm]:
+def interleaved(arms: Sequence[A], processes: int) -> list[A]:
     """Return the order of processes: there and back, A B B A, so that a slow drift falls on all arms alike."""
-    order: list[Arm] = []
+    order: list[A] = []
     for turn in range(processes):
         order += arms if turn % 2 == 0 else arms[::-1]
     return order
