@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYER = {
-    "errors": 0, "types": 0, "seeding": 0, "algorithms": 0, "recipe": 1, "models": 2, "data": 2, "roles": 2,
+    "errors": 0, "types": 0, "seeding": 0, "allocator": 0, "algorithms": 0, "recipe": 1, "models": 2, "data": 2, "roles": 2,
     "rewards": 3, "engines": 4, "progress": 2, "stage_progress": 0, "run_record": 1, "sinks": 3, "tracking": 3,
     "report": 3, "fingerprint": 2, "local": 5, "backend": 6, "starter": 6, "api": 7,
     "export": 6, "serving": 6,
