@@ -217,3 +217,50 @@ def test_weight_decay_and_betas_are_the_recipes() -> None:
     assert model.weight.item() == pytest.approx(0.45)
     engine.step(token_batch(), Slope(-0.2), 1.0)
     assert model.weight.item() == pytest.approx(0.45 * 0.95 + 0.5)
+
+
+@dataclass(frozen=True)
+class Named:
+    """The sum of some parameters alone, with this slope."""
+
+    names: tuple[str, ...]
+
+    def count(self, batch: TokenBatch) -> float:
+        return float(len(batch))
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        loss = len(batch) * sum(model.get_parameter(name).float().sum() for name in self.names)
+        return loss, Metrics.of(len(batch), loss=loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_parameter_without_a_gradient_stays_though_it_had_one(dtype: torch.dtype) -> None:
+    model = nn.ModuleDict({"a": weight(1.0, dtype), "b": weight(1.0, dtype)})
+    engine = TorchEngine(model, Optimizer(learning_rate=0.1), None, 24)
+    engine.step(token_batch(), Named(("a.weight", "b.weight")), 1.0)
+    engine.step(token_batch(), Named(("b.weight",)), 1.0)
+    assert [model[name].weight.item() for name in "ab"] == pytest.approx([0.9, 0.8], abs=1e-2)
+
+
+def test_float32_weights_are_stepped_themselves() -> None:
+    model = weight(1.0, torch.float32)
+    assert TorchEngine(model, OPTIMIZER, None, 24).masters[0] is model.weight
+
+
+def test_a_gradient_leaves_its_parameter_and_its_memory_serves_the_next_step() -> None:
+    model = weight(1.0, torch.bfloat16)
+    engine = TorchEngine(model, OPTIMIZER, None, 24)
+    places = set()
+    for _ in range(3):
+        engine.step(token_batch(), Slope(1.0), 1.0)
+        assert model.weight.grad is None
+        assert engine.masters[0].grad is None
+        places |= {grad.data_ptr() for grad in engine.idle.values()}
+    assert len(places) == 1
+
+
+def test_a_closed_engine_leaves_gradients_to_the_module() -> None:
+    model = weight(1.0, torch.bfloat16)
+    TorchEngine(model, OPTIMIZER, None, 24).close()
+    model(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+    assert model.weight.grad is not None
