@@ -25,7 +25,8 @@ SLACK = 0.08
 
 HEAP_MOVING, HEAP_STATE = 0.28, 0.16
 """What a process's heap on a CPU loses, as shares of activations and logits, and of what stays between passes: those
-that agree best with `tests/benchmarks/memory_model.py`, under the allocator of `rlhf/allocator.py`."""
+that agree best with the learning cases of `tests/benchmarks/memory_model.py`, one run of each, under the allocator of
+`rlhf/allocator.py`; scoring takes the same ones, unfitted."""
 
 
 @dataclass(frozen=True)
