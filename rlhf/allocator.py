@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-JEMALLOC = (
-    "thp:always,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"  # see its TUNING
-)
+JEMALLOC = "thp:always,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"
+"""Options of jemalloc(3): huge pages, freed memory is kept, and all of it is in one place, large blocks too."""
+
 GLIBC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "MALLOC_MMAP_MAX_": "0",
@@ -22,12 +22,10 @@ def allocator(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that give a process an allocator which keeps freed memory and uses huge pages.
 
     jemalloc as Ray brings it, where it is there; glibc otherwise, which often cannot use a freed tensor's place for the
-    next tensor of that size (it looks for 64 bytes more, to align it), and so takes new pages in every step. Nothing
-    where `environ` preloads a library already: that is the user's choice.
+    next tensor of that size (it looks for 64 bytes more, to align it), and so takes new pages in every step. What
+    `environ` preloads already stays, as the user's choice; where that is no allocator, glibc's settings hold.
     """
-    if environ.get("LD_PRELOAD"):
-        return {}
-    library = _library()
+    library = None if environ.get("LD_PRELOAD") else _library()
     return {"LD_PRELOAD": str(library), "MALLOC_CONF": JEMALLOC} if library else GLIBC
 
 

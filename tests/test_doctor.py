@@ -82,6 +82,7 @@ def test_shared_memory():
 def test_allocator():
     assert allocator_check({}, "[always]").state == "warn"
     assert allocator_check({"LD_PRELOAD": "/usr/lib/libtcmalloc.so.4"}, "").found == "tcmalloc is preloaded"
+    assert "export GLIBC_TUNABLES=" in allocator_check({"LD_PRELOAD": "/usr/lib/libiomp5.so"}, "[always]").remedy
     tuned = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     assert [allocator_check(tuned, pages).state for pages in ("always [madvise] never", "always [never]")] == [
         "ok",

@@ -108,15 +108,18 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
     score = replace(score, slack=_slack(score, on_gpu))
     if not model.trained:
         return LearnerMemory(resident, score, resident, host)
-    moments = (_moments_alone if cut.plain else _moments)(model, work, cut, on_gpu)
-    learn = max(moments, key=lambda memory: memory.total)
+    learn = max(_moments(model, work, cut, on_gpu), key=lambda memory: memory.total)
     learn = replace(learn, weights=weights, optimizer=optimizer, buffers=learn.buffers + gathered)
     learn = replace(learn, slack=_slack(learn, on_gpu))
     return LearnerMemory(resident, score, learn, host + (learn.gradients if cut.offload != "none" else 0))
 
 
 def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
-    """Return what learning takes beside weights and optimizer: at the loss, after the backward pass, in the step."""
+    """Return what learning takes beside weights and optimizer: at the loss, after the backward pass, in the step.
+
+    Where torch alone trains, a gradient of low precision moves to float32 as soon as it is formed, and on CPU the memory
+    of those in float32 is kept from step to step.
+    """
     layer = kept(model, work, on_gpu)
     entered = model.size * work.tokens * model.shape.hidden
     layers = model.learning_layers * (entered if cut.checkpointing else layer)
@@ -127,32 +130,15 @@ def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
     # From stage 2 on a gradient is reduced and let go as soon as a bucket is full.
     fresh = model.size * (min(model.trainable, LARGEST_BUCKET) if cut.share(2) > 1 else model.trainable)
     table = 0 if not model.full or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
-    waiting = summed if work.passes > 1 else 0
+    stays = cut.plain and model.size < FLOAT and not on_gpu
+    waiting = summed if work.passes > 1 or stays else 0
+    formed = summed if cut.plain else waiting + fresh
     bucket = 0 if cut.ranks == 1 else FLOAT * min(model.trainable, LARGEST_BUCKET)
     return [
         Memory(activations=int(layers), logits=at_loss, gradients=waiting),
         Memory(activations=int(layers + again + late), gradients=waiting + table, buffers=bucket),
-        Memory(activations=int(entered), gradients=waiting + fresh + table, buffers=bucket),
+        Memory(activations=int(entered), gradients=formed + table, buffers=bucket),
         Memory(gradients=summed, buffers=bucket),
-    ]
-
-
-def _moments_alone(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
-    """Return the same where torch alone trains: a gradient moves to float32 as soon as backward has formed it.
-
-    A float32 weight's stays where it is. On CPU the memory of float32 gradients is kept from step to step.
-    """
-    layer = kept(model, work, on_gpu)
-    entered = model.size * work.tokens * model.shape.hidden
-    layers = model.learning_layers * (entered if cut.checkpointing else layer)
-    again = layer if cut.checkpointing else 0
-    summed = FLOAT * model.trainable
-    table = 0 if not model.full or model.scalar else model.size * model.shape.vocabulary * model.shape.hidden
-    waiting = summed if work.passes > 1 or (model.size < FLOAT and not on_gpu) else 0
-    return [
-        Memory(activations=int(layers), logits=logits(model, work, True, on_gpu), gradients=waiting),
-        Memory(activations=int(layers + again + backward(model, work, on_gpu)), gradients=waiting + table),
-        Memory(activations=int(entered), gradients=summed + table),
     ]
 
 

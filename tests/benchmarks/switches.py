@@ -11,9 +11,7 @@ pass, and the most memory of a process, all as ratios to `as it comes`. Above 1 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -35,7 +33,7 @@ from rlhf.types import TokenBatch
 from tests.benchmarks._figures import command_line, give
 from tests.benchmarks.peers import ours
 from tests.benchmarks.peers.environments import DEFAULT_CACHE
-from tests.benchmarks.peers.protocol import ROOT, interleaved, step_seconds
+from tests.benchmarks.peers.protocol import interleaved, run_process, step_seconds
 from tests.benchmarks.peers.rows import ROWS
 from tests.benchmarks.peers.task import Outcome, Task
 from tests.benchmarks.peers.workload import build_models, step_examples
@@ -108,27 +106,19 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def environment(variant: str, threads: int) -> dict[str, str]:
+def environment(variant: str) -> dict[str, str]:
     """Return the environment of a variant's process."""
-    ours_alone = learner_environment() | {"OMP_NUM_THREADS": str(threads)}
+    found = os.environ | learner_environment()
     if variant.startswith("glibc"):
-        ours_alone = {name: value for name, value in ours_alone.items() if name not in ("LD_PRELOAD", "MALLOC_CONF")}
-        ours_alone |= GLIBC if variant.endswith("huge pages") else {}
-    return os.environ | ours_alone
+        found = {name: value for name, value in found.items() if name not in ("LD_PRELOAD", "MALLOC_CONF")}
+        found |= GLIBC if variant.endswith("huge pages") else {}
+    return found
 
 
 def run(variant: str, task: Task) -> Outcome:
     """Run a variant in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "task.json", Path(folder) / "outcome.json"
-        task.write(files[0])
-        command = [sys.executable, "-m", "tests.benchmarks.switches", "--run", variant, *map(str, files)]
-        ended = subprocess.run(
-            command, cwd=ROOT, env=environment(variant, task.threads), capture_output=True, text=True, check=False
-        )
-        if ended.returncode:
-            raise SystemExit(f"{variant}: {ended.stderr[-2000:]}")
-        return Outcome.read(files[1])
+    command = [sys.executable, "-m", "tests.benchmarks.switches", "--run", variant]
+    return run_process(command, task, environment(variant))
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, float]:

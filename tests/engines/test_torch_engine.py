@@ -221,7 +221,7 @@ def test_weight_decay_and_betas_are_the_recipes() -> None:
 
 @dataclass(frozen=True)
 class Named:
-    """The sum of some parameters alone, with this slope."""
+    """The sum of some parameters alone."""
 
     names: tuple[str, ...]
 

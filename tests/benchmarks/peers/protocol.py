@@ -152,12 +152,17 @@ def run_arm(row: Row, arm: Arm, steps: Steps, plan: Plan) -> Outcome:
     causal, scalar = plan.models
     examples = [[asdict(e) for e in step] for step in steps]
     task = Task(row.name, arm, str(causal), str(scalar), plan.threads, examples, plan.old_logprobs)
-    environment = {**os.environ, **learner_environment(), "OMP_NUM_THREADS": str(plan.threads)}
+    return run_process([python, "-m", module], task, os.environ | learner_environment())
+
+
+def run_process(command: Sequence[str], task: Task, environment: Mapping[str, str]) -> Outcome:
+    """Run a command with the files of a task and of its outcome, on the task's threads; RuntimeError where it fails."""
+    environment = {**environment, "OMP_NUM_THREADS": str(task.threads)}
     with tempfile.TemporaryDirectory() as folder:
         task_file, outcome_file = Path(folder) / "task.json", Path(folder) / "outcome.json"
         task.write(task_file)
-        command = [python, "-m", module, str(task_file), str(outcome_file)]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        whole = [*command, str(task_file), str(outcome_file)]
+        ended = subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         if ended.returncode:
-            raise RuntimeError(f"{row.name}, {arm}, ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+            raise RuntimeError(f"{task.row}, {task.arm}, ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
         return Outcome.read(outcome_file)
