@@ -99,24 +99,26 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
 @click.option("--name", help="Names the job; the recipe's name otherwise.")
 @click.option("--output", help="The run folder on the cluster; a relative one is made under RLHF_RUNS or ~/runs there.")
 @click.option("--wait/--no-wait", default=True, help="Follow the run and return its exit code, or return at once.")
-def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | None, wait: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="List every file that would be uploaded, and do nothing.")
+def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | None, wait: bool, dry_run: bool) -> None:
     """Upload RECIPE with its local files to a running Ray cluster and run it there."""
     from rlhf.recipe.upload import collect
 
     recipe = loaded.recipe
     folder = output or str(recipe.output_dir / recipe.name if recipe.output_dir.is_absolute() else recipe.name)
     upload = collect(loaded)
-    from rlhf.backend import offer_token
-
-    offer_token()
-    from actors.submit import submit
 
     def say(text: str) -> None:
         click.echo(printable(text.replace("\r\n", "\n")), nl=False)
 
+    if dry_run:
+        say("".join(f"{line}\n" for line in upload.describe()))
+        return
+    from actors.submit import submit
+
     job = submit(address, upload, folder, name or recipe.name, say)
     if not wait:
-        click.echo(f"follow it with: RAY_AUTH_MODE=token ray job logs --follow --address {address} {job.name}")
+        say(f"follow it with: {job.follower(address)}\n")
         return
     try:
         code = job.follow(say)

@@ -25,6 +25,7 @@ from tenacity import (
 )
 
 from rlhf.errors import RecipeError, TrainingError
+from rlhf.proxies import proxy_for
 from rlhf.recipe.base import HttpJudge, LlmJudge
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import judges
@@ -219,10 +220,18 @@ async def _read(response: httpx.Response) -> _Answer:
     return _Answer(response.status_code, response.headers, b"".join(parts), size <= LARGEST_ANSWER)
 
 
-def client(connections: int) -> httpx.AsyncClient:
-    """Return a client of so many connections at once; it follows no redirect."""
-    limits = httpx.Limits(max_connections=connections)
-    return httpx.AsyncClient(limits=limits, verify=_certificates(), headers={"Accept-Encoding": "identity"})
+def client(url: str, connections: int) -> httpx.AsyncClient:
+    """Return a client for a URL, of so many connections at once; it follows no redirect.
+
+    ResourceError where the environment's proxy for the URL cannot be used.
+    """
+    return httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=connections),
+        verify=_certificates(),
+        headers={"Accept-Encoding": "identity"},
+        proxy=proxy_for(url),
+        trust_env=False,
+    )
 
 
 @cache
