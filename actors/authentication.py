@@ -17,6 +17,7 @@ ANSWER_S = 10.0
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 KUBERNETES = "RAY_ENABLE_K8S_TOKEN_AUTH"
 """With it Ray asks Kubernetes whether a token is good, instead of comparing it with its own."""
+BREAKPOINT = "PYTHONBREAKPOINT"
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """The request behind `ray health-check`."""
 REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -27,7 +28,7 @@ class RayVariables:
     """Environment variables that Ray reads, set for as long as this process is connected and put back after it."""
 
     def __init__(self) -> None:
-        self.before: dict[str, str | None] = {}
+        self.before: dict[str, str | None] = {BREAKPOINT: os.environ.get(BREAKPOINT)}  # ray.init sets it
 
     def set(self, values: Mapping[str, str | None]) -> None:
         """Set variables, None to remove one, and have Ray read its settings and token again."""
