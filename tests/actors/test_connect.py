@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,9 +188,7 @@ def wait(address: str, limit_s: float = 120.0) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(500)
 def test_the_warning_is_about_the_cluster_and_not_about_the_environment(tmp_path_factory):
-    """Each source of a token with each kind of cluster, and no token with each; `RAY_AUTH_MODE` says the wrong thing."""
-    import tempfile
-
+    """Each source of a token, and none, with each kind of cluster; where `RAY_AUTH_MODE` is set it is wrong."""
     token = "t" * 64
     home = tmp_path_factory.mktemp("home")
     elsewhere = home / "elsewhere"
