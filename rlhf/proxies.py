@@ -8,6 +8,7 @@ import os
 import socket
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
 from urllib.request import getproxies, proxy_bypass
 
 import httpx
@@ -16,6 +17,7 @@ from rlhf.errors import ResourceError
 from rlhf.untrusted import keep_secret, printable
 
 log = logging.getLogger("rlhf")
+HOSTS = Path("/etc/hosts")
 SCHEMES = ("http", "https", "socks5", "socks5h")
 Address = IPv4Address | IPv6Address
 
@@ -32,9 +34,10 @@ def is_local(host: str) -> bool:
 def proxy_for(url: str) -> str | None:
     """Return the proxy of the environment for a URL, None for the direct way; a proxy is logged once for each host.
 
-    Requests to loopback and link-local addresses, and to names that resolve to such addresses alone, are direct. For
-    all others `HTTP_PROXY`, `HTTPS_PROXY` and `ALL_PROXY` hold, but for the hosts in `NO_PROXY`, which may be suffixes
-    of names, addresses and networks. ResourceError where the proxy cannot be used.
+    Requests to loopback and link-local addresses are direct, and so are those to names that this machine's hosts file
+    gives such addresses alone (DNS is not asked: only the proxy may know other names). For all others `HTTP_PROXY`,
+    `HTTPS_PROXY` and `ALL_PROXY` hold, but for the hosts in `NO_PROXY`, which may be suffixes of names, addresses and
+    networks. ResourceError where the proxy cannot be used.
     """
     try:
         target = httpx.URL(url)
@@ -43,7 +46,7 @@ def proxy_for(url: str) -> str | None:
     known = getproxies()
     proxy = known.get(target.scheme) or known.get("all")
     host = target.host
-    if not proxy or is_local(host) or _excepted(host, target.port, known.get("no", "")) or _resolves_here(host):
+    if not proxy or is_local(host) or _excepted(host, target.port, known.get("no", "")) or _named_here(host):
         return None
     checked = _usable(proxy if "://" in proxy else f"http://{proxy}")
     _say(host, f"{checked.scheme}://{checked.netloc.decode('ascii', 'replace').rpartition('@')[2]}")
@@ -53,7 +56,7 @@ def proxy_for(url: str) -> str | None:
 def bypass(url: str) -> None:
     """Have libraries that read the environment themselves reach a local host directly, in the rest of this process."""
     host = httpx.URL(url).host
-    if is_local(host) or _resolves_here(host):
+    if is_local(host) or _named_here(host):
         for name in ("NO_PROXY", "no_proxy"):
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
 
@@ -74,13 +77,15 @@ def _stays(address: Address) -> bool:
     return address.is_loopback or address.is_link_local or address.is_unspecified
 
 
-@cache
-def _resolves_here(host: str) -> bool:
+def _named_here(host: str) -> bool:
+    """Return whether the hosts file knows a name, and nothing but local addresses for it."""
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False  # only the proxy knows the name
-    return all(_stays(address) for address in map(_address, found) if address is not None)
+        lines = HOSTS.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    rows = [line.partition("#")[0].lower().split() for line in lines]
+    found = [_address(row[0].partition("%")[0]) for row in rows if host.rstrip(".").lower() in row[1:]]
+    return bool(found) and all(address is not None and _stays(address) for address in found)
 
 
 def _excepted(host: str, port: int | None, exceptions: str) -> bool:
