@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
-import secrets
 import signal
-import socket
-from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray._private import auto_init_hook, ray_constants
-from ray._private.services import resolve_ip_for_localhost
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.connect import Connection, connect
 from actors.group import RankGroup
 from actors.head import HeadWatch
 from actors.learner import LearnerActor, RayModel
@@ -30,7 +25,6 @@ from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
-from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
@@ -38,7 +32,6 @@ from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 
 log = logging.getLogger("rlhf")
-CONNECT_TIMEOUT_S = 10.0
 
 
 class RayLauncher:
@@ -56,6 +49,7 @@ class RayLauncher:
         self.restarts: dict[RoleName, Restarts] = {}
         self.reserved: PlacementGroup | None = None
         self.bundles: tuple[Bundle, ...] = ()
+        self.connection: Connection | None = None
         self.head: HeadWatch | None = None
 
     def policy(self, spec: LearnerSpec) -> RayModel:
@@ -188,7 +182,7 @@ class RayLauncher:
         self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            _connect(self.recipe, self.bundles)
+            self.connection = connect(self.recipe, self.bundles)
         except SystemExit as stop:
             if stop.code == signal.SIGTERM:  # what Ray's own handler does while it starts
                 raise Interrupted(signal.SIGTERM) from None
@@ -200,7 +194,7 @@ class RayLauncher:
             self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
         except BaseException:
             self.head.stop()
-            ray.shutdown()
+            self.connection.close()
             raise
         return self
 
@@ -217,53 +211,5 @@ class RayLauncher:
                 engine.kill()
         if self.reserved is not None:
             remove_placement_group(self.reserved)
-        ray.shutdown()
-
-
-def _connect(recipe: Recipe, bundles: Sequence[Bundle]) -> None:
-    """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
-    auto_init_hook.enable_auto_connect = False  # a thread that still waits at the end must not start Ray again
-    if recipe.ray.address:
-        _join(recipe.ray.address)
-        return
-    try:
-        _start_on_loopback(math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)))
-    except Exception as error:  # Ray raises plain Exception when its processes are not up in 30 s
-        raise ResourceError(
-            f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"
-        ) from error
-
-
-def _join(address: str) -> None:
-    try:
-        if address != "auto":  # ray.init would try for ever where nothing listens
-            host, _, port = address.rpartition(":")
-            socket.create_connection((resolve_ip_for_localhost(host), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"ray.address: cannot join a Ray cluster at {address}: {_first_line(error)}; is it up, and is"
-            " RAY_AUTH_TOKEN set here if it has token authentication?"
-        ) from error
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
-
-
-def _start_on_loopback(slots: int) -> None:
-    """Start Ray for this run alone; token authentication is Ray's default for a new one."""
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray turns 127.0.0.1 into the machine's outside address, and listens there, unless it may not form clusters.
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(
-        address="local",
-        num_cpus=max(slots, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        if self.connection is not None:
+            self.connection.close()

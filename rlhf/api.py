@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-
 from rlhf.command import quiet_libraries
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe import schema
 from rlhf.recipe.load import LoadedRecipe, load_recipe, resolved_yaml
 from rlhf.report.status import RunStatus, read_status
+from rlhf.terminal import Terminal
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -72,7 +71,7 @@ def run(
     loaded = recipe.loaded
     if local:
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"backend": "local"}))
-    console = Console(quiet=True) if quiet else None
+    console = Terminal(quiet=True) if quiet else None
     try:
         folder = run_recipe(loaded, launcher(loaded.recipe), Path(output) if output else None, console, restart)
     except RecipeError as error:

@@ -30,6 +30,7 @@ from rlhf.run_folder import locked, logged, write_inputs
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
 from rlhf.stage_run import Surroundings, run_stages
+from rlhf.terminal import Terminal
 
 
 def run_recipe(
@@ -51,7 +52,7 @@ def run_recipe(
         raise RecipeError(f"--restart {sorted(unknown)[0]}: the recipe has no such stage")
     folder = (output or recipe.output_dir / recipe.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    console = console or Console()
+    console = console or Terminal()
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder):
         write_inputs(folder, loaded)

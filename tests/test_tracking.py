@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -257,7 +258,7 @@ def test_trackio_keeps_every_step_once_in_a_local_database(recipe):
     assert (runs, rows) == (2, [[1, 1.0], [2, 2.0], [3, 0.5]])
     assert "tiny://llama" in config
     everything = b"".join(path.read_bytes() for path in (recipe.parent / "trackio").rglob("*") if path.is_file())
-    for secret in (b"ray-head.internal", b"a-secret-of-mine"):
+    for secret in (b"ray-head.internal", b"a-secret-of-mine", str(recipe.parent).encode()):
         assert secret not in everything
 
 
@@ -297,6 +298,9 @@ def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path,
     everything = b"".join(path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())
     for secret in (b"ray-head.internal", b"a-secret-of-mine"):
         assert secret not in everything
+    sent = [record, *record.parent.joinpath("files").rglob("*")]  # what `wandb sync` would send; not its own logs
+    for private in (str(tmp_path), socket.gethostname(), sys.executable):
+        assert not [path for path in sent if path.is_file() and private.encode() in path.read_bytes()], private
 
 
 def test_who_watches_sees_the_curve_so_far_after_every_step(tmp_path):

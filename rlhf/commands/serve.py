@@ -9,6 +9,7 @@ import sys
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
+from rlhf.untrusted import echo
 
 
 @click.command()
@@ -38,14 +39,14 @@ def serve(
         _check_open(host, key)
     serving = plan_serving(find_models(models))
     limits = Limits(threads or len(os.sched_getaffinity(0)), max_length)
-    click.echo(f"starting vLLM with {', '.join(serving.names)} ...")
+    echo(f"starting vLLM with {', '.join(serving.names)} ...")
     try:
         with Interrupts(), running(serving, endpoint, limits) as server:
-            click.echo(f"ready: {endpoint.url}  models: {', '.join(serving.names)}")
-            click.echo(_example(endpoint.url, serving.names[-1], api_key_env))
+            echo(f"ready: {endpoint.url}  models: {', '.join(serving.names)}")
+            echo(_example(endpoint.url, serving.names[-1], api_key_env))
             server.wait()
     except Interrupted as stop:
-        click.echo("stopped")
+        echo("stopped")
         sys.exit(stop.exit_code)
 
 
@@ -69,7 +70,7 @@ def _check_open(host: str, key: str) -> None:
         raise RecipeError(
             f"--host {host} lets other machines in: give --api-key-env VAR with a key that requests must show"
         )
-    click.echo(f"warning: {host} is reachable from other machines; the key and all texts travel unencrypted", err=True)
+    echo(f"warning: {host} is reachable from other machines; the key and all texts travel unencrypted", err=True)
 
 
 def _example(url: str, name: str, key: str | None) -> str:

@@ -119,7 +119,11 @@ class Server:
             question = {"model": name, "prompt": "Hello", "max_tokens": 1}
             try:
                 answer = httpx.post(
-                    f"{endpoint.local}/v1/completions", json=question, headers=headers, timeout=ANSWERS_S
+                    f"{endpoint.local}/v1/completions",
+                    json=question,
+                    headers=headers,
+                    timeout=ANSWERS_S,
+                    trust_env=False,  # it is on this machine: no proxy
                 )
             except httpx.HTTPError as error:
                 raise TrainingError(f"vLLM does not answer for {name}: {self.last_words() or error}") from error
@@ -161,7 +165,7 @@ class Server:
     @staticmethod
     def _healthy(endpoint: Endpoint) -> bool:
         try:
-            return httpx.get(endpoint.local + HEALTH, timeout=5).status_code == httpx.codes.OK
+            return httpx.get(endpoint.local + HEALTH, timeout=5, trust_env=False).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
