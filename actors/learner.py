@@ -25,6 +25,7 @@ from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.errors import ResourceError
+from rlhf.manifest import Seal
 from rlhf.recipe.tuning_support import support
 from rlhf.roles import Pending, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, TokenBatch, TokenScores
@@ -154,9 +155,9 @@ class RayModel:
         """Return the bytes that `save_state` writes."""
         return self.group.ask("state_bytes", _first)
 
-    def save_state(self, folder: Path) -> Pending[None]:
-        """Let every rank write its share of what training goes on from."""
-        return self.group.ask("save_state", _first, folder)
+    def save_state(self, folder: Path) -> Pending[dict[str, Seal]]:
+        """Let every rank write, flush and seal its share of what training goes on from; return all seals by name."""
+        return self.group.ask("save_state", _together, folder)
 
     def load_state(self, folder: Path) -> Pending[None]:
         """Go on from it."""
@@ -195,6 +196,10 @@ class RayModel:
 
 def _first(values: list[T]) -> T:
     return values[0]
+
+
+def _together(values: list[dict[str, Seal]]) -> dict[str, Seal]:
+    return {name: seal for share in values for name, seal in share.items()}
 
 
 def _merged(values: list[Metrics]) -> Metrics:
