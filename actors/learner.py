@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actors.group import RankGroup
 from actors.objects import Shipped, once
+from actors.progress import tell_progress
 from actors.rollout import RayRollout
 from actors.supervise import RayPending, Retried
 from actors.turns import SharingRollout
@@ -45,6 +46,7 @@ class LearnerActor(ModelLearner):
 
     def __init__(self) -> None:
         self.rank = 0
+        tell_progress()
 
     def devices(self) -> list[str]:
         """Return the numbers of the GPUs that Ray gave this process, as CUDA_VISIBLE_DEVICES takes them."""
