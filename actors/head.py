@@ -123,14 +123,14 @@ def head_answers() -> bool:
     return client is not None
 
 
-def leave_lost_head() -> bool:
-    """End what this process started of a Ray whose head is gone, and leave Ray; return whether that came to an end."""
+def leave_lost_head(leave: Callable[[], object] = ray.shutdown) -> bool:
+    """End what this process started of a Ray whose head is gone, and `leave` Ray; return whether that came to an end."""
     for process in _processes_of_ray():
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    leaving = threading.Thread(target=ray.shutdown, name="leave-ray", daemon=True)
+    leaving = threading.Thread(target=leave, name="leave-ray", daemon=True)
     leaving.start()
     leaving.join(COMES_BACK_S)
     return not leaving.is_alive()

@@ -20,8 +20,6 @@ from actors.head import HeadLost, HeadWatch
 from tests.chaos.interrupts import MARK, marked, orphans
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "smoke" / "preference.yaml"
-LONG = ("--set", "stages.sft.epochs=100000")
-"""The head is to be lost long before the run would be done."""
 
 
 @pytest.fixture
@@ -136,44 +134,13 @@ def test_only_a_command_ends_a_process_whose_thread_does_not_come_back(
     assert quick.said[1:] == (["ends the process"] if command else [])
 
 
-def killed(process: subprocess.Popen[str], mark: str, how: int) -> str:
-    """Signal the head once a learner is there, and return what the process says until its end."""
-    ends = time.monotonic() + 150
-    while not any(process.name().startswith("ray::Learner") for process in marked(mark)):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < ends
-        time.sleep(0.2)
-    next(process for process in marked(mark) if process.name() == "gcs_server").send_signal(how)
-    return process.communicate(timeout=200)[0]
-
-
-def begun(mark: Path, *command: str) -> subprocess.Popen[str]:
-    environment = os.environ | {MARK: str(mark), "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, *command)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 TOLD = "is gone, and with it every process of this run; the same command goes on from the last saved state"
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_command_whose_head_is_lost_ends_and_leaves_nothing(tmp_path: Path, how: int) -> None:
-    process = begun(tmp_path, "-m", "rlhf.cli", "run", str(RECIPE), *LONG, "--output", str(tmp_path / "run"))
-    said = killed(process, str(tmp_path), how)
-    assert process.returncode == 4, said[-2000:]
-    assert said.count(TOLD) == 1
-    assert "Traceback" not in said
-    assert orphans(str(tmp_path)) == 0
-
-
 NOTEBOOK = """
 import sys, time
 from rlhf import Recipe, run
 from rlhf.errors import ResourceError
 try:
-    run(Recipe.load(sys.argv[1], {sys.argv[2]: int(sys.argv[3])}), output=sys.argv[4])
+    run(Recipe.load(sys.argv[1], {"stages.sft.epochs": 10_000}), output=sys.argv[2])
 except ResourceError as error:
     print("caught:", error)
 time.sleep(70)  # longer than Ray keeps a process without its head
@@ -181,12 +148,67 @@ print("still here")
 """
 
 
+@dataclass
+class Ended:
+    """What is left of a process whose head was lost."""
+
+    code: int
+    said: str
+    orphans: int
+
+
+def begun(mark: Path, *command: str) -> subprocess.Popen[str]:
+    environment = os.environ | {MARK: str(mark), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def lose_head(process: subprocess.Popen[str], mark: Path, how: int) -> None:
+    """Signal the head once a learner is there."""
+    ends = time.monotonic() + 300
+    while not any(process.name().startswith("ray::Learner") for process in marked(str(mark))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < ends
+        time.sleep(0.2)
+    next(process for process in marked(str(mark)) if process.name() == "gcs_server").send_signal(how)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Three runs side by side that lose their heads: two by the command line, one in a Python process."""
+    marks = {name: tmp_path_factory.mktemp(name) for name in ("killed", "stopped", "library")}
+    processes: dict[str, subprocess.Popen[str]] = {}
+    for name, mark in marks.items():
+        if name == "library":
+            processes[name] = begun(mark, "-c", NOTEBOOK, str(RECIPE), str(mark / "run"))
+        else:
+            run = ("run", str(RECIPE), "--set", "stages.sft.epochs=10000", "--output", str(mark / "run"))
+            processes[name] = begun(mark, "-m", "rlhf.cli", *run)
+        lose_head(processes[name], mark, signal.SIGSTOP if name == "stopped" else signal.SIGKILL)
+    found = {}
+    for name, process in processes.items():
+        said, _ = process.communicate(timeout=200)
+        found[name] = Ended(process.returncode, said, orphans(str(marks[name])))
+    return found
+
+
 @pytest.mark.ray
-@pytest.mark.timeout(400)
-def test_a_python_process_whose_run_loses_its_head_goes_on(tmp_path: Path) -> None:
-    process = begun(tmp_path, "-c", NOTEBOOK, str(RECIPE), *LONG[1].split("="), str(tmp_path / "run"))
-    said = killed(process, str(tmp_path), signal.SIGKILL)
-    assert process.returncode == 0, said[-2000:]
-    assert TOLD in said.partition("caught:")[2]
-    assert said.endswith("still here\n")
-    assert orphans(str(tmp_path)) == 0
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_command_whose_head_is_lost_ends_and_leaves_nothing(ended: dict[str, Ended], how: str) -> None:
+    one = ended[how]
+    assert one.code == 4, one.said[-2000:]
+    assert one.said.count(TOLD) == 1
+    assert "Traceback" not in one.said
+    assert one.orphans == 0
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_python_process_whose_run_loses_its_head_goes_on(ended: dict[str, Ended]) -> None:
+    one = ended["library"]
+    assert one.code == 0, one.said[-2000:]
+    assert TOLD in one.said.partition("caught:")[2]
+    assert one.said.endswith("still here\n")
+    assert one.orphans == 0
