@@ -177,7 +177,7 @@ def lose_head(process: subprocess.Popen[str], mark: Path, how: int) -> None:
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """Three runs side by side that lose their heads: two by the command line, one in a Python process."""
-    marks = {name: tmp_path_factory.mktemp(name) for name in ("killed", "stopped", "library")}
+    marks = {name: tmp_path_factory.mktemp(name) for name in ("library", "stopped", "killed")}
     processes: dict[str, subprocess.Popen[str]] = {}
     for name, mark in marks.items():
         if name == "library":
