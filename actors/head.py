@@ -124,7 +124,7 @@ def head_answers() -> bool:
 
 
 def leave_lost_head(leave: Callable[[], object] = ray.shutdown) -> bool:
-    """End what this process started of a Ray whose head is gone, and `leave` Ray; return whether that came to an end."""
+    """End what this process started of a Ray whose head is gone, and `leave` it; return whether that came to an end."""
     for process in _processes_of_ray():
         try:
             process.kill()

@@ -33,7 +33,7 @@ class Place:
 
     @staticmethod
     def of(actor_id: str) -> Place | None:
-        """Ask the cluster; None before the process has started, for actors that it has forgotten, and without a head."""
+        """Ask the cluster; None before the process has started, for forgotten actors, and where no head answers."""
         known = state.actors(actor_id=actor_id) if head_answers() else None
         if not known or not known["Pid"]:
             return None

@@ -161,9 +161,7 @@ class Clock:
         """Return the seconds until the next look at the processes."""
         return min(LOOK_S, self.deadline_s / LOOKS)
 
-    def overdue(
-        self, references: Sequence[ray.ObjectRef], names: Sequence[str]
-    ) -> list[tuple[str, ray.ObjectRef]]:
+    def overdue(self, references: Sequence[ray.ObjectRef], names: Sequence[str]) -> list[tuple[str, ray.ObjectRef]]:
         """Return the names and calls that are late, after a look at the processes of all that have not ended."""
         done = set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
         unfinished = [(name, call) for name, call in zip(names, references, strict=True) if call not in done]

@@ -44,7 +44,8 @@ def held(path: Path, doing: str, say: Callable[[str], None] = tell) -> Iterator[
             lock.acquire(timeout=wait_s)
             break
         except Timeout:
-            say(f"{_holder(note)} is {doing}; waiting for it, {time.monotonic() - began:.0f} s so far (Ctrl-C ends this)")
+            waited = time.monotonic() - began
+            say(f"{_holder(note)} is {doing}; waiting for it, {waited:.0f} s so far (Ctrl-C ends this)")
             wait_s = SAY_S
     try:
         _sign(note)

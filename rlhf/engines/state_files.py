@@ -18,9 +18,7 @@ SHARD = 2 * 10**9
 """Bytes of a file, and of main memory that writing takes on each rank."""
 
 
-def write_state(
-    items: Iterable[tuple[str, Tensor]], folder: Path, role: str, rank: int, ranks: int
-) -> dict[str, Seal]:
+def write_state(items: Iterable[tuple[str, Tensor]], folder: Path, role: str, rank: int, ranks: int) -> dict[str, Seal]:
     """Write this rank's share of the tensors: every `ranks`-th one; all ranks iterate over all of them.
 
     Returns the seals of the files it wrote, by name; each file is flushed, and hashed while the next one is gathered,
@@ -31,9 +29,7 @@ def write_state(
     """
     with ThreadPoolExecutor(1) as sealer:
         share = (item for index, item in enumerate(items) if index % ranks == rank)
-        files = [
-            (file.name, sealer.submit(_sealed, file)) for file in _written(share, folder, f"{role}-{rank}")
-        ]
+        files = [(file.name, sealer.submit(_sealed, file)) for file in _written(share, folder, f"{role}-{rank}")]
         return {name: sealing.result() for name, sealing in files}
 
 

@@ -135,9 +135,7 @@ class Server:
         for name in serving.names:
             question = {"model": name, "prompt": "Hello", "max_tokens": 1}
             try:
-                answer = httpx.post(
-                    f"{endpoint.local}/v1/completions", json=question, headers=headers, timeout=ready_s
-                )
+                answer = httpx.post(f"{endpoint.local}/v1/completions", json=question, headers=headers, timeout=ready_s)
             except httpx.HTTPError as error:
                 raise TrainingError(f"vLLM does not answer for {name}: {self.last_words() or error}") from error
             if answer.status_code != httpx.codes.OK:

@@ -20,8 +20,8 @@ from rlhf.pulse import PULSE
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-DEADLINE_S = 5.0
-WORK_S = 11.0
+DEADLINE_S = 8.0
+WORK_S = 17.0
 
 
 class Worker:
@@ -55,7 +55,7 @@ def start(*arguments: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def workers(local_ray: None) -> Iterator[list[Any]]:
-    made = [start(), start()]
+    made = [start(), start(), start()]
     ray.get([worker.pid.remote() for worker in made], timeout=60)
     yield made
     for worker in made:
@@ -63,23 +63,26 @@ def workers(local_ray: None) -> Iterator[list[Any]]:
 
 
 def test_calls_that_make_progress_outlast_their_deadline_and_a_new_process_its_start(workers: list[Any]) -> None:
-    """All at once, as each takes long: two plain calls, one that waits for another process, and a slow start."""
-    slow, waiting = start(WORK_S), start()
-    calls = [workers[0].work.remote(WORK_S), waiting.wait_for.remote(workers[1:], WORK_S, True), slow.pid.remote()]
+    """All at once, as each takes long: a plain call, one that waits for another process, and a slow start."""
+    slow, watch = start(WORK_S), Watch()
+    ends = time.monotonic() + 60
+    while id_of(slow) not in watch.beats and time.monotonic() < ends:  # its libraries are imported without a word
+        watch.look([id_of(slow)])
+        time.sleep(0.1)
+    calls = [workers[0].work.remote(WORK_S), workers[1].wait_for.remote(workers[2:], WORK_S, True), slow.pid.remote()]
     values = wait_for_all(calls, ["policy.train", "policy.publish", "rollout-0.start"], DEADLINE_S)
     assert values[:2] == [WORK_S, WORK_S]
-    for worker in (slow, waiting):
-        ray.kill(worker)
+    ray.kill(slow)
 
 
 def test_a_call_without_progress_is_late_though_its_process_lives_and_another_works(workers: list[Any]) -> None:
     stuck = start()
     ray.get(stuck.pid.remote(), timeout=60)
-    calls = [workers[0].work.remote(3 * WORK_S), stuck.work.remote(600, False)]
+    calls = [workers[0].work.remote(WORK_S), stuck.work.remote(600, False)]
     with pytest.raises(LateProcess) as caught:
         wait_for_all(calls, ["policy-0.train", "policy-1.train"], DEADLINE_S)
     said = str(caught.value)
-    assert said.startswith("policy-1.train gave no answer within 5 s (ray.call_timeout_s) on ")
+    assert said.startswith("policy-1.train gave no answer within 8 s (ray.call_timeout_s) on ")
     assert "and was last at: policy.train; if one piece of the work takes that long, raise ray.call_timeout_s" in said
     assert caught.value.call == "policy.train"
     ray.kill(stuck)
@@ -89,7 +92,7 @@ def test_a_call_without_progress_is_late_though_its_process_lives_and_another_wo
 def test_who_waits_for_a_process_that_hangs_names_it_before_its_own_caller_gives_up(workers: list[Any]) -> None:
     stuck = start()
     ray.get(stuck.pid.remote(), timeout=60)
-    with pytest.raises(LateProcess, match=r"^policy\.publish: rollout-0\.draw gave no answer within 4 s"):
+    with pytest.raises(LateProcess, match=r"^policy\.publish: rollout-0\.draw gave no answer within 6 s"):
         wait_for(workers[0].wait_for.remote([stuck], 600, False), "policy.publish", DEADLINE_S)
     ray.kill(stuck)
 
@@ -135,7 +138,7 @@ class Asked:
 def test_a_call_that_is_late_twice_is_not_tried_a_third_time() -> None:
     late, lost = LateProcess("reward.scores gave no answer; raise ray.call_timeout_s"), LostProcess("it died")
     asked = Asked(lost, late, late, 7)
-    with pytest.raises(TrainingError, match="raise ray.call_timeout_s; that was the second time in the same place"):
+    with pytest.raises(TrainingError, match=r"raise ray\.call_timeout_s; that was the second time in the same place"):
         Retried(asked, lambda: asked).result()
     assert asked.mended == 2
     asked = Asked(lost, late, lost, 7)

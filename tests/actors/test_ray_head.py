@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +35,9 @@ class Quick:
     silent: threading.Event
     said: list[str]
 
-    def work(self, seconds: float) -> None:
-        """Work in this thread, as a run does."""
+    def work(self, seconds: float, first: Callable[[], None] = lambda: None) -> None:
+        """Work in this thread, as a run does, after something has happened to the head."""
+        first()
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             time.sleep(0.01)
@@ -98,8 +99,7 @@ def test_a_probe_of_a_head_that_takes_no_connection_is_short(monkeypatch: pytest
 @pytest.mark.parametrize("how", ["gone", "silent"])
 def test_a_lost_head_ends_the_work_of_the_runs_thread(listener: socket.socket, quick: Quick, how: str) -> None:
     with pytest.raises(HeadLost):
-        listener.close() if how == "gone" else quick.silent.set()
-        quick.work(30)
+        quick.work(30, listener.close if how == "gone" else quick.silent.set)
     assert "is gone, and with it every process of this run" in (quick.watching.settle() or "")
     assert len(quick.said) == 1
 
@@ -128,8 +128,7 @@ def test_only_a_command_ends_a_process_whose_thread_does_not_come_back(
     if command:
         flag.set()
     with pytest.raises(HeadLost):
-        listener.close()
-        quick.work(30)
+        quick.work(30, listener.close)
     quick.work(1)
     assert quick.said[1:] == (["ends the process"] if command else [])
 
