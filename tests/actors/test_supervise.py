@@ -18,7 +18,16 @@ from ray.exceptions import OutOfMemoryError
 
 from actors import death, process, supervise
 from actors.supervise import RayPending, wait_for, wait_for_all
-from rlhf.errors import DataError, GuardError, LateProcess, LostProcess, RecipeError, ResourceError, RlhfError, TrainingError
+from rlhf.errors import (
+    DataError,
+    GuardError,
+    LateProcess,
+    LostProcess,
+    RecipeError,
+    ResourceError,
+    RlhfError,
+    TrainingError,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
