@@ -47,7 +47,8 @@ def forget_job() -> None:
 class Watch:
     """When each of some processes, by actor id, was last seen to make progress; the clock is `time.monotonic`.
 
-    One that tells nothing was never seen to. Whoever sees progress makes some: the waiting process's own pulse beats.
+    One that tells nothing was never seen to. Whoever sees progress makes some: the waiting process's own pulse beats,
+    so no two processes may wait for each other.
     """
 
     def __init__(self) -> None:
