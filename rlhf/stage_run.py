@@ -86,7 +86,8 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
         try:
             summary = _attempt(stage, context)
         except LostProcess as error:
-            before, late_at = late_at, _late_at(error, context.tracker.step)
+            before = late_at
+            late_at = (error.call, context.tracker.step) if isinstance(error, LateProcess) else None
             if late_at and late_at == before:
                 raise error.second() from error
             if restarts == allowed:
@@ -100,11 +101,6 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
         for diagnosis in diagnose_end(context.tracker.curve):
             log.warning("%s: %s", stage.name, diagnosis)
         return summary
-
-
-def _late_at(error: LostProcess, step: int) -> tuple[str, int] | None:
-    """Return the call that was late, and the step it was late in; None where the process was lost otherwise."""
-    return (error.call, step) if isinstance(error, LateProcess) else None
 
 
 def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> StageContext:
