@@ -190,9 +190,10 @@ class Dispatch:
         for call in self.flying.values():
             if now - max(call.sent, self.watch.moved.get(actor_of(call.reference), 0.0)) >= self.deadline_s:
                 error = late([(self._name(call), call.reference)], self.deadline_s, watch=self.watch)
-                if self.late & {*call.rows}:
+                rows = {row for other in self.flying.values() if other.handle is call.handle for row in other.rows}
+                if self.late & rows:
                     raise error.second() from error
-                self.late |= {*call.rows}
+                self.late |= rows
                 self._lose(call, error)
                 return
 
