@@ -264,7 +264,7 @@ def test_prompts_that_are_late_on_a_second_replica_too_end_the_call(local_ray):
         return ray.remote(concurrency_groups={"generate": CALLS})(Hanging).options(num_cpus=0).remote()
 
     engine = two_replicas(start, 4.0, allowed=10)
-    told = r"^rollout-\d\.generate gave no answer within 4 s \(ray\.call_timeout_s\).*; that was the second time in the same"
+    told = r"^rollout-\d\.generate gave no answer within 4 s \(ray\.call_timeout_s\).*; that was the second time"
     with pytest.raises(TrainingError, match=told) as caught:
         engine.generate(PROMPTS, SAMPLING, SEEDS).result()
     assert not isinstance(caught.value, LostProcess)
