@@ -58,8 +58,12 @@ class Connection:
             log.warning(OPEN if asks is False else UNCLEAR)
 
     def close(self) -> None:
-        """Leave Ray, which ends a Ray of this run's own; later uses of Ray find the environment as it was."""
+        """Leave Ray, which ends a Ray of this run's own, and restore the environment."""
         ray.shutdown()
+        self.restore()
+
+    def restore(self) -> None:
+        """Give back the environment that the process had: later uses of Ray find it as it was."""
         self.variables.restore()
         ray_constants.ENABLE_RAY_CLUSTER = self.clusters
 

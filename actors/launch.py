@@ -8,7 +8,7 @@ import os
 import signal
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -16,15 +16,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.connect import Connection, connect
 from actors.group import RankGroup
-from actors.head import HeadWatch
+from actors.head import HeadWatch, leave_lost_head
 from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve, wait_for_room
+from actors.progress import forget_job
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
 from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
+from rlhf.errors import ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
@@ -95,14 +97,14 @@ class RayLauncher:
     def recover(self) -> None:
         """End all processes of models, and the engines where one is gone; the next stage starts new ones."""
         for group in self.groups.values():
-            group.kill()
+            group.kill(elsewhere=True)
         self.groups.clear()
         self.turns.forget_models()
         if self.engine is not None and not self.engine.alive():
-            self.engine.kill()
+            self.engine.kill(elsewhere=True)
             self.engine = self.turns.engine = None
         if self.judging is not None and not self.judging[1].alive():
-            self.judging[1].kill()
+            self.judging[1].kill(elsewhere=True)
             self.judging = None
 
     def release(self) -> None:
@@ -118,11 +120,12 @@ class RayLauncher:
             return self._start(processes[index], Replica, environment, spec)
 
         numbers, sequences, restarts = range(len(processes)), spec.role.max_sequences, self._restarts(name)
+        start_s = self.recipe.ray.start_timeout_s
         if spec.role.share is None:
-            return RayRollout(list(map(start, numbers)), self.deadline_s, name, sequences, start, restarts)
+            return RayRollout(list(map(start, numbers)), self.deadline_s, name, sequences, start, restarts, start_s)
         self.turns.begin()
         replicas = list(map(start, numbers))
-        engine = SharingRollout(replicas, self.deadline_s, self.turns, sequences, start, restarts)
+        engine = SharingRollout(replicas, self.deadline_s, self.turns, sequences, start, restarts, start_s)
         engine.wait_until_ready()
         self.turns.began(engine)
         return engine
@@ -139,7 +142,8 @@ class RayLauncher:
         """Return a role's processes, started where they are not yet."""
         if role not in self.groups:
             start = partial(self._ranks, role)
-            self.groups[role] = RankGroup(role, start(), self.deadline_s, start, self._restarts(role))
+            start_s = self.recipe.ray.start_timeout_s
+            self.groups[role] = RankGroup(role, start(), self.deadline_s, start, self._restarts(role), start_s)
             devices = getattr(getattr(self.recipe.roles, role), "share", None) or role
             if devices == self.recipe.roles.rollout.share:
                 self.turns.join(self.groups[role])
@@ -192,18 +196,25 @@ class RayLauncher:
         self.head = HeadWatch(ray.get_runtime_context().gcs_address, log.error)
         try:
             self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
-        except BaseException:
-            self.head.stop()
-            self.connection.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
+
+    def _leave_lost(self, head: HeadWatch, why: str, error: BaseException | None) -> NoReturn:
+        left = leave_lost_head()
+        head.left.set()
+        if self.connection is not None:
+            self.connection.restore()
+        stuck = "" if left else "; Ray does not let go of this process: start a new one for that"
+        raise ResourceError(why + stuck) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End every actor of this run and leave Ray."""
-        if self.head:
-            self.head.stop()
+        """End every actor of this run and leave Ray; ResourceError where Ray's head was lost."""
+        if self.head and (why := self.head.settle()):
+            self._leave_lost(self.head, why, error)
         for group in self.groups.values():
             group.kill()
         for engine in (self.engine, self.judging and self.judging[1]):
@@ -211,5 +222,6 @@ class RayLauncher:
                 engine.kill()
         if self.reserved is not None:
             remove_placement_group(self.reserved)
+        forget_job()
         if self.connection is not None:
             self.connection.close()

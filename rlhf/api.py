@@ -61,6 +61,10 @@ def run(
     Stages that are done and unchanged are reused, an interrupted one goes on where it was; those named in `restart`
     begin anew. `local` keeps every role in this process, `output` is the run folder, `quiet` prints nothing.
 
+    This process is yours: nothing here ends it. Where Ray's head is lost a ResourceError says so. Should this thread
+    not come back from one of Ray's own calls within half a minute then, Ray ends the process, as it does without its
+    head; `rlhf run` as a process of its own is safe from that.
+
     Raises:
         RlhfError: with a message for people; what is done is kept.
     """

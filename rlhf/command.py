@@ -15,7 +15,7 @@ import click
 
 from rlhf import disk
 from rlhf.errors import RecipeError, ResourceError, RlhfError
-from rlhf.interrupts import Interrupted
+from rlhf.interrupts import COMMAND, Interrupted
 from rlhf.untrusted import echo, printable
 
 MAX_LINES = 6
@@ -30,6 +30,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
     def wrapper(*, debug: bool, **arguments: Any) -> None:
+        COMMAND.set()
         try:
             command(**arguments)
         except RlhfError as error:

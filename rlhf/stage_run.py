@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf import disk
 from rlhf.algorithms.preference import PAIR_LOSSES
-from rlhf.errors import GuardError, LostProcess, RlhfError, TrainingError
+from rlhf.errors import GuardError, LateProcess, LostProcess, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_content
 from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.progress import Display
@@ -80,11 +80,16 @@ def run_stages(run: Surroundings, restart: Collection[str] = ()) -> None:
 def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> Summary:
     """Run a stage; when a process that holds its state is lost, go on from the last saved one with new processes."""
     restarts, allowed = 0, run.recipe.recovery.restarts
+    late_at: tuple[str, int] | None = None
     while True:
         context = _context(run, stage, made, outputs)
         try:
             summary = _attempt(stage, context)
         except LostProcess as error:
+            before = late_at
+            late_at = (error.call, context.tracker.step) if isinstance(error, LateProcess) else None
+            if late_at and late_at == before:
+                raise error.second() from error
             if restarts == allowed:
                 raise
             restarts += 1
@@ -124,7 +129,7 @@ def _attempt(stage: Stage, context: StageContext) -> Summary:
     except RlhfError as error:
         log.info("stage %s", stage.name, exc_info=True)
         at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
-        raise type(error)(f"{at}: {error}") from error
+        raise error.within(at) from error
     except Exception as error:
         log.exception("stage %s", stage.name)
         if code := disk.refusal(error):

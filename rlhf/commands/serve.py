@@ -19,9 +19,22 @@ from rlhf.untrusted import echo
 @click.option("--api-key-env", metavar="VAR", help="The variable with the key that requests must show.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores otherwise.")
 @click.option("--max-length", type=click.IntRange(8), help="Tokens of prompt and answer; what the model has otherwise.")
+@click.option(
+    "--ready-timeout",
+    default=900.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="Seconds that vLLM may show no progress until it is ready.",
+)
 @reports_errors
 def serve(
-    models: tuple[str, ...], host: str, port: int, api_key_env: str | None, threads: int | None, max_length: int | None
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key_env: str | None,
+    threads: int | None,
+    max_length: int | None,
+    ready_timeout: float,
 ) -> None:
     """Serve stages (or model folders) with vLLM, each under its name, until Ctrl-C.
 
@@ -38,7 +51,7 @@ def serve(
     if not endpoint.on_loopback:
         _check_open(host, key)
     serving = plan_serving(find_models(models))
-    limits = Limits(threads or len(os.sched_getaffinity(0)), max_length)
+    limits = Limits(threads or len(os.sched_getaffinity(0)), max_length, ready_timeout)
     echo(f"starting vLLM with {', '.join(serving.names)} ...")
     try:
         with Interrupts(), running(serving, endpoint, limits) as server:

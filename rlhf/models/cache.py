@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from rlhf.patient_lock import held
 
 
 def default_cache() -> Path:
@@ -27,8 +27,8 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
     """Return `cache/models/<name>-<digest of key>`; when it is not there yet, `build` writes it.
 
     `build` fills a folder beside it that is renamed when complete, under a lock, so that a run that is killed
-    or that runs at the same time never leaves or sees half a model. The digest covers the version of
-    transformers, whose conversion a cached folder is.
+    or that runs at the same time never leaves or sees half a model; whoever waits for another process says so. The
+    digest covers the version of transformers, whose conversion a cached folder is.
     """
     digest = hashlib.sha256(f"{key}\n{version('transformers')}".encode()).hexdigest()[:12]
     target = cache / "models" / f"{name}-{digest}"
@@ -36,7 +36,7 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with held(target.with_name(f".{target.name}.lock"), f"converting the model {name}"):
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
