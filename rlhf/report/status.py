@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from rlhf import checkpoint
+from rlhf.metrics_file import METRICS, metric_row, numbers
 from rlhf.progress import brief
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
@@ -122,7 +123,7 @@ def in_use(folder: Path) -> bool:
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; a torn last line is left out."""
+    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; damaged lines are left out."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -132,11 +133,7 @@ def last_metrics(path: Path) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for line in lines[int(size > TAIL) :]:
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:
-            continue
-        found |= {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        found |= numbers(metric_row(line) or {})
     return found
 
 
@@ -163,7 +160,7 @@ def _stage(
 ) -> StageStatus:
     if not folder.is_dir() or (done is None and not first):
         return StageStatus(folder.name, kind, "waiting")
-    progress, metrics = read_progress(folder), last_metrics(folder / "metrics.jsonl")
+    progress, metrics = read_progress(folder), last_metrics(folder / METRICS)
     step = int(metrics["step"]) if "step" in metrics else None
     shown = {name: value for name, value in metrics.items() if name not in ("step", "time")}
     if done is not None:
