@@ -26,7 +26,8 @@ from rlhf.report.table import comparison_table, verdict
 from rlhf.rewards.function import check_functions
 from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
-from rlhf.run_folder import locked, logged, write_inputs
+from rlhf.run_folder import locked, write_inputs
+from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
 from rlhf.stage_run import Surroundings, run_stages
