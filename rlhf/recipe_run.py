@@ -10,11 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
 from rlhf.errors import RecipeError
 from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
+from rlhf.pruning import sweep
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.plan import headline, make_plan
 from rlhf.recipe.resources import local_resources
@@ -55,6 +57,7 @@ def run_recipe(
     console = console or Console()
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder):
+        sweep(default_cache())
         write_inputs(folder, loaded)
         resources = local_resources()
         console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)

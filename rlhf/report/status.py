@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from rlhf import checkpoint
+from rlhf.amounts import duration
 from rlhf.metrics_file import METRICS, metric_row, numbers
 from rlhf.progress import brief
 from rlhf.recipe.schema import Recipe
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 StageState = Literal["done", "running", "interrupted", "failed", "waiting"]
 RunState = Literal["done", "running", "interrupted", "failed", "new"]
 TAIL = 64 << 10
-UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
@@ -227,15 +227,6 @@ def render_status(status: RunStatus) -> RenderableType:
         cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
         table.add_row(*(Text(visible(cell)) for cell in cells))
     return Group(*(Text(visible(line)) for line in _headlines(status)), table)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds in the largest unit that fits: 45 s, 12 min, 3.4 h."""
-    for length, unit in UNITS:
-        if seconds >= length:
-            amount = seconds / length
-            return f"{amount:.{1 if amount < 10 and length > 60 else 0}f} {unit}"
-    return "0 s"
 
 
 def _headlines(status: RunStatus) -> list[str]:
