@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,11 +27,12 @@ from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve, wait_for_room
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
+from actors.session import OwnSession
 from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
-from rlhf.errors import ResourceError
+from rlhf.errors import GuardError, ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
@@ -57,6 +59,7 @@ class RayLauncher:
         self.reserved: PlacementGroup | None = None
         self.bundles: tuple[Bundle, ...] = ()
         self.head: HeadWatch | None = None
+        self.session = OwnSession()
 
     def policy(self, spec: LearnerSpec) -> RayModel:
         """Build the policy in its processes."""
@@ -185,10 +188,18 @@ class RayLauncher:
 
     def __enter__(self) -> Self:
         """Start or join Ray and reserve what the recipe's stages use."""
+        try:
+            self._start_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _start_up(self) -> None:
         self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            _connect(self.recipe, self.bundles)
+            _connect(self.recipe, self.bundles, self.session)
         except SystemExit as stop:
             if stop.code == signal.SIGTERM:  # what Ray's own handler does while it starts
                 raise Interrupted(signal.SIGTERM) from None
@@ -196,18 +207,18 @@ class RayLauncher:
         finally:
             signal.signal(signal.SIGTERM, on_terminate)
         self.head = HeadWatch(ray.get_runtime_context().gcs_address, log.error)
-        try:
-            self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
-        except BaseException:
-            self.head.stop()
-            ray.shutdown()
-            raise
-        return self
+        self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End every actor of this run and leave Ray."""
+        """End every actor of this run and leave Ray; what a Ray of its own has left in the temporary folder goes."""
+        try:
+            self._leave()
+        finally:
+            self.session.remove(_is_failure(error))
+
+    def _leave(self) -> None:
         if self.head:
             self.head.stop()
         for group in self.groups.values():
@@ -220,14 +231,19 @@ class RayLauncher:
         ray.shutdown()
 
 
-def _connect(recipe: Recipe, bundles: Sequence[Bundle]) -> None:
+def _is_failure(error: BaseException | None) -> bool:
+    """Return whether Ray's logs may tell why a run ended so."""
+    return error is not None and not isinstance(error, Interrupted | KeyboardInterrupt | GuardError)
+
+
+def _connect(recipe: Recipe, bundles: Sequence[Bundle], session: OwnSession) -> None:
     """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
     auto_init_hook.enable_auto_connect = False  # a thread that still waits at the end must not start Ray again
     if recipe.ray.address:
         _join(recipe.ray.address)
         return
     try:
-        _start_on_loopback(math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)))
+        _start_on_loopback(math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)), session.make())
     except Exception as error:  # Ray raises plain Exception when its processes are not up in 30 s
         raise ResourceError(
             f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"
@@ -249,8 +265,8 @@ def _join(address: str) -> None:
         log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
 
 
-def _start_on_loopback(slots: int) -> None:
-    """Start Ray for this run alone; token authentication is Ray's default for a new one."""
+def _start_on_loopback(slots: int, folder: Path) -> None:
+    """Start Ray for this run alone, its files below `folder`; token authentication is Ray's default for a new one."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray turns 127.0.0.1 into the machine's outside address, and listens there, unless it may not form clusters.
@@ -262,6 +278,7 @@ def _start_on_loopback(slots: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        _temp_dir=str(folder),
     )
 
 

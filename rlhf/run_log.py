@@ -26,7 +26,7 @@ class BoundedLog(RotatingFileHandler):
     """A log file that keeps the newest `(OLDER + 1) * BYTES`. `dropping`, if any, is warned once, when that begins."""
 
     def __init__(self, path: Path, form: str, dropping: str = "") -> None:
-        super().__init__(path, maxBytes=BYTES, backupCount=OLDER, encoding="utf-8")
+        super().__init__(path, maxBytes=BYTES, backupCount=OLDER, encoding="utf-8", delay=True)
         self.setFormatter(PrintableFormatter(form))
         self.dropping = dropping
 
