@@ -62,8 +62,8 @@ class Tracker:
         """Note a file of the stage that must be on disk before the next state is."""
         self.unflushed.add(path)
 
-    def mark(self) -> dict[str, float]:
-        """Flush the rows, and what else was written since the last mark; return what `rewind` needs to come back here.
+    def flush(self) -> int:
+        """Bring to disk the rows and what else was written since the last flush; return the size of the rows in bytes.
 
         Raises:
             ResourceError: the disk refuses.
@@ -78,9 +78,13 @@ class Tracker:
                 flush_folder(folder)
         self.unflushed.clear()
         self.parents.clear()
+        return offset
+
+    def mark(self) -> dict[str, float]:
+        """Return what `rewind` needs to come back here, with all that a state refers to on disk, as `flush` says."""
         return {
             "step": self.step,
-            "offset": offset,
+            "offset": self.flush(),
             "rows": len(self.curve),
             "seconds": time.monotonic() - self.started,
             "gradient_tokens": self.gradient_tokens,

@@ -71,7 +71,7 @@ class Watched:
                 command = process.cmdline()
                 self.titles.setdefault(process, set()).add(command[0] if command else "")
                 self.listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"}
-                self.sessions |= set(re.findall(r"--session-dir=(\S+)", " ".join(command)))
+                self.sessions |= set(re.findall(r"--session[-_]dir=(\S+)", " ".join(command)))
                 if named := re.search(r"--gcs-address=(\S+)", " ".join(command)):
                     self.address, self.token = named[1], process.environ().get("RAY_AUTH_TOKEN", "")
             except psutil.NoSuchProcess:
