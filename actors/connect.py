@@ -12,6 +12,7 @@ from ray._private import auto_init_hook, ray_constants
 from ray._private.services import canonicalize_bootstrap_address
 
 from actors.authentication import MODE, RayVariables, asks_token, fresh_token, token_found
+from actors.session import OwnSession
 from rlhf.errors import ResourceError
 from rlhf.recipe.placement import Bundle
 from rlhf.recipe.schema import Recipe
@@ -27,6 +28,7 @@ class Connection:
 
     def __init__(self) -> None:
         self.variables = RayVariables()
+        self.session = OwnSession()
         self.clusters = ray_constants.ENABLE_RAY_CLUSTER
 
     def start(self, slots: int) -> None:
@@ -41,6 +43,7 @@ class Connection:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            _temp_dir=str(self.session.make()),
         )
 
     def join(self, address: str) -> None:
@@ -57,13 +60,17 @@ class Connection:
         if not asks:
             log.warning(OPEN if asks is False else UNCLEAR)
 
-    def close(self) -> None:
-        """Leave Ray, which ends a Ray of this run's own, and restore the environment."""
+    def close(self, failed: bool) -> None:
+        """Leave Ray, which ends a Ray of this run's own, and remove what it has left; see `restore`."""
         ray.shutdown()
-        self.restore()
+        self.restore(failed)
 
-    def restore(self) -> None:
-        """Give back the environment that the process had: later uses of Ray find it as it was."""
+    def restore(self, failed: bool) -> None:
+        """Remove the files of a Ray of this run's own, and give back the environment that the process had.
+
+        Of a run that `failed`, the last lines of Ray's logs go to `run.log` first.
+        """
+        self.session.remove(failed)
         self.variables.restore()
         ray_constants.ENABLE_RAY_CLUSTER = self.clusters
 
@@ -80,7 +87,7 @@ def connect(recipe: Recipe, bundles: Sequence[Bundle]) -> Connection:
         else:
             _start(connection, math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)))
     except BaseException:
-        connection.close()
+        connection.close(failed=True)
         raise
     return connection
 

@@ -26,7 +26,7 @@ from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
-from rlhf.errors import ResourceError
+from rlhf.errors import GuardError, ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
@@ -183,6 +183,14 @@ class RayLauncher:
 
     def __enter__(self) -> Self:
         """Start or join Ray and reserve what the recipe's stages use."""
+        try:
+            self._start_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _start_up(self) -> None:
         self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
@@ -194,18 +202,13 @@ class RayLauncher:
         finally:
             signal.signal(signal.SIGTERM, on_terminate)
         self.head = HeadWatch(ray.get_runtime_context().gcs_address, log.error)
-        try:
-            self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
+        self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
 
     def _leave_lost(self, head: HeadWatch, why: str, error: BaseException | None) -> NoReturn:
         left = leave_lost_head()
         head.left.set()
         if self.connection is not None:
-            self.connection.restore()
+            self.connection.restore(failed=True)
         stuck = "" if left else "; Ray does not let go of this process: start a new one for that"
         raise ResourceError(why + stuck) from error
 
@@ -213,6 +216,8 @@ class RayLauncher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End every actor of this run and leave Ray; ResourceError where Ray's head was lost."""
+        if self.connection is None:
+            return
         if self.head and (why := self.head.settle()):
             self._leave_lost(self.head, why, error)
         for group in self.groups.values():
@@ -223,5 +228,9 @@ class RayLauncher:
         if self.reserved is not None:
             remove_placement_group(self.reserved)
         forget_job()
-        if self.connection is not None:
-            self.connection.close()
+        self.connection.close(_is_failure(error))
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Return whether Ray's logs may tell why a run ended so."""
+    return error is not None and not isinstance(error, Interrupted | KeyboardInterrupt | GuardError)

@@ -12,6 +12,7 @@ import click
 from rlhf import __version__
 from rlhf.bench.figures import PARTS
 from rlhf.command import MAX_LINES, quiet_libraries, reports_errors, takes_recipe
+from rlhf.commands.cache import cache
 from rlhf.commands.chat import chat
 from rlhf.commands.eval import evaluate
 from rlhf.commands.export import export
@@ -250,7 +251,7 @@ def schema() -> None:
     echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-for command in (init, status, runs, export, serve, chat, evaluate):
+for command in (init, status, runs, export, serve, chat, evaluate, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ SHAPE = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings",
 )  # fmt: skip
+WITHOUT_RESULT = {"max_tokens_per_microbatch", "samples"}
+"""Settings of a stage that do not bear on its result."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 
 
@@ -31,7 +33,7 @@ def stage_content(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> dict
     Files are told by their names and digests, wherever they are.
     """
     files = sorted(_files(stage))
-    settings = json.dumps(stage.model_dump(mode="json", exclude={"max_tokens_per_microbatch"}), sort_keys=True)
+    settings = json.dumps(stage.model_dump(mode="json", exclude=WITHOUT_RESULT), sort_keys=True)
     for file in files:
         settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])
     return {

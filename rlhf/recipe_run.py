@@ -10,11 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
 from rlhf.errors import RecipeError
 from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
+from rlhf.pruning import sweep
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.plan import headline, make_plan
 from rlhf.recipe.resources import local_resources
@@ -26,7 +28,8 @@ from rlhf.report.table import comparison_table, verdict
 from rlhf.rewards.function import check_functions
 from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
-from rlhf.run_folder import locked, logged, write_inputs
+from rlhf.run_folder import locked, write_inputs
+from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
 from rlhf.stage_run import Surroundings, run_stages
@@ -55,6 +58,7 @@ def run_recipe(
     console = console or Terminal()
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder):
+        sweep(default_cache())
         write_inputs(folder, loaded)
         resources = local_resources()
         console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)

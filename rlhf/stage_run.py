@@ -97,6 +97,7 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
             run.launcher.recover()
             continue
         run.launcher.release()
+        context.tracker.flush()
         made.finish(summary, context.cost())
         for diagnosis in diagnose_end(context.tracker.curve):
             log.warning("%s: %s", stage.name, diagnosis)

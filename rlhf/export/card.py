@@ -16,6 +16,7 @@ from rlhf.errors import DataError
 from rlhf.export.folders import CARD
 from rlhf.export.lineage import UNKNOWN, Base, base_of, lineage
 from rlhf.export.source import DONE, STAGES, FinishedStage, read_recipe
+from rlhf.metrics_file import METRICS, MetricsFile
 from rlhf.report.json import read_json
 from rlhf.report.results import Comparison, show
 from rlhf.report.table import percent, verdict
@@ -115,11 +116,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 def _metrics(stage: FinishedStage) -> list[tuple[str, Any]]:
     """Return the stage's summary, and of the last row of its metrics what the summary does not say."""
     found = dict(stage.done.get("summary", {}))
-    file = stage.folder / "metrics.jsonl"
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        last = json.loads(lines[-1]) if lines else {}
-        found |= {name: value for name, value in last.items() if name not in found and not MACHINERY.match(name)}
+    rows = MetricsFile(stage.folder / METRICS).read().rows
+    last = rows[-1] if rows else {}
+    found |= {name: value for name, value in last.items() if name not in found and not MACHINERY.match(name)}
     kept = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
     return [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in kept.items()]
 

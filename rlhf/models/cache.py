@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,10 +10,9 @@ from pathlib import Path
 
 from rlhf.patient_lock import held
 
+from rlhf.cache import default_cache, hold
 
-def default_cache() -> Path:
-    """Return the cache root: `RLHF_CACHE` where it is set, else `~/.cache/rlhf`."""
-    return Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
+__all__ = ["build_once", "default_cache", "file_digest", "held_model"]
 
 
 def file_digest(file: Path) -> str:
@@ -43,3 +41,10 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
             build(partial)
             partial.rename(target)
     return target
+
+
+def held_model(cache: Path, name: str, key: str, build: Callable[[Path], object]) -> Path:
+    """Return what `build_once` returns, held by this process: pruning leaves it alone until the process ends."""
+    while not hold(folder := build_once(cache, name, key, build)):
+        continue  # removed in that instant
+    return folder

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from rlhf import checkpoint
+from rlhf.amounts import duration
+from rlhf.metrics_file import METRICS, metric_row, numbers
 from rlhf.progress import brief
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 StageState = Literal["done", "running", "interrupted", "failed", "waiting"]
 RunState = Literal["done", "running", "interrupted", "failed", "new"]
 TAIL = 64 << 10
-UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def in_use(folder: Path) -> bool:
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; a torn last line is left out."""
+    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; damaged lines are left out."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -132,11 +133,7 @@ def last_metrics(path: Path) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for line in lines[int(size > TAIL) :]:
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:
-            continue
-        found |= {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        found |= numbers(metric_row(line) or {})
     return found
 
 
@@ -163,7 +160,7 @@ def _stage(
 ) -> StageStatus:
     if not folder.is_dir() or (done is None and not first):
         return StageStatus(folder.name, kind, "waiting")
-    progress, metrics = read_progress(folder), last_metrics(folder / "metrics.jsonl")
+    progress, metrics = read_progress(folder), last_metrics(folder / METRICS)
     step = int(metrics["step"]) if "step" in metrics else None
     shown = {name: value for name, value in metrics.items() if name not in ("step", "time")}
     if done is not None:
@@ -230,15 +227,6 @@ def render_status(status: RunStatus) -> RenderableType:
         cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
         table.add_row(*(Text(visible(cell)) for cell in cells))
     return Group(*(Text(visible(line)) for line in _headlines(status)), table)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds in the largest unit that fits: 45 s, 12 min, 3.4 h."""
-    for length, unit in UNITS:
-        if seconds >= length:
-            amount = seconds / length
-            return f"{amount:.{1 if amount < 10 and length > 60 else 0}f} {unit}"
-    return "0 s"
 
 
 def _headlines(status: RunStatus) -> list[str]:
