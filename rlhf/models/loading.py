@@ -111,6 +111,9 @@ def load_weights(auto_class: Any, folder: Path, dtype: str, **config: Any) -> tu
     """
     import torch
 
+    from rlhf.models.outline import outline
+
+    outline(folder, auto_class)
     with loading(folder):
         model, report = auto_class.from_pretrained(
             folder,
