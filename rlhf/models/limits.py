@@ -33,15 +33,23 @@ KNOWN: dict[str, tuple[int, int]] = {
 
 LAYERED = re.compile(r"(num|n)_\w*(layers?|blocks|stages)|\w*_layers|depth")
 COUNTED = re.compile(r"(num|n)_\w+")
-SIZED = re.compile(r"(max|d)_\w+|\w+_(size|dim|rank|width|length|positions|embeddings|heads|channels|features)|dim|width")
+SIZED = re.compile(
+    r"(max|d)_\w+|\w+_(size|dim|rank|width|length|positions|embeddings|heads|channels|features)|dim|width"
+)
 
 
 def check_files(folder: Path, said: str) -> None:
     """Refuse settings, templates and vocabularies of a size that no model needs."""
     for file in sorted(folder.iterdir()):
-        limit = largest(file.name)
-        if limit and file.is_file() and file.stat().st_size > limit:
-            raise RecipeError(f"{said}: {file} has {file.stat().st_size} bytes; {limit // MIB} MiB is the most we read")
+        if file.is_file():
+            check_file(file, said)
+
+
+def check_file(file: Path, said: str) -> None:
+    """Refuse a file that is larger than one of its name needs to be."""
+    limit, size = largest(file.name), file.stat().st_size
+    if limit and size > limit:
+        raise RecipeError(f"{said}: {file} has {size} bytes; {limit // MIB} MiB is the most we read")
 
 
 def largest(name: str) -> int | None:

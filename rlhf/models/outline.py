@@ -11,7 +11,7 @@ from rlhf.models.folder import loading, stored_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SLACK = 2**24
+SLACK = 2**27
 """Numbers that a model may have beside those in its files: fresh heads, masks, tables of positions."""
 
 
@@ -22,7 +22,8 @@ def outline(
 
     `gguf` names the file of that kind in the folder that describes the model instead. RecipeError where the files
     cannot be read, or where the model would have more than `room` weights, by default two for each stored byte, as
-    many as the densest packing holds: libraries fill what is missing with random numbers, before they say so.
+    many as the densest packing holds: libraries fill what is missing with random numbers before they say so. A folder
+    without weights, which only a plan reads, is not compared.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,8 +35,9 @@ def outline(
             config, trust_remote_code=False, attn_implementation="sdpa"
         )
     wanted = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    room = 2 * stored_bytes(folder) if room is None else room
-    if wanted > room + SLACK:
+    stored = stored_bytes(folder) if room is None else 0
+    room = room or 2 * stored
+    if room and wanted > room + SLACK:
         raise RecipeError(
             f"{folder}: the config describes a model of {wanted} weights, and its files hold {room} at most; they are"
             " not of one model"
