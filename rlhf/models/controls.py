@@ -84,8 +84,8 @@ class Controls:
         """Return the ids of a text: control tokens where they stand open, letters where they are masked.
 
         A text without masks has the ids that the tokenizer itself gives it. `around` adds the special tokens that the
-        tokenizer puts around a text. Raises DataError where the tokenizer refuses the text, or has no `tokenizer.json` and
-        so cannot keep the two apart.
+        tokenizer puts around a text. Raises DataError where the tokenizer refuses the text, or has no `tokenizer.json`
+        and so cannot keep the two apart.
         """
         with _encoding():
             if self._mask not in text:

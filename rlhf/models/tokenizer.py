@@ -117,8 +117,9 @@ class ChatTokenizer:
         ends = self.hf.convert_ids_to_tokens(list(self.eos_ids))
         end = max(turn.rfind(token) + len(token) if token in turn else 0 for token in ends)
         if not end:
+            shown = self.controls.unmasked(turn)[-60:]
             raise DataError(
-                f"the chat template closes the assistant's turn {self.controls.unmasked(turn)[-60:]!r} with none of {', '.join(ends)}; "
+                f"the chat template closes the assistant's turn {shown!r} with none of {', '.join(ends)}; "
                 "set model.chat_template to one that does, or the model never learns to stop"
             )
         return end

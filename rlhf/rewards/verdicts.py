@@ -45,7 +45,7 @@ class VerdictCache:
             return {key: verdict for row in rows for key, verdict in row}
 
     def keep(self, verdicts: Mapping[str, Verdict]) -> None:
-        """Add verdicts; those that are there already stay, and what could not be read is not kept: it is asked again."""
+        """Add verdicts; those that are there already stay. What could not be read is not kept: it is asked again."""
         readable = [(key, verdict) for key, verdict in verdicts.items() if verdict is not None and 0 <= verdict <= 1]
         with self._open() as table, table:
             table.executemany("INSERT OR IGNORE INTO readable_verdicts VALUES (?, ?)", readable)

@@ -1,4 +1,4 @@
-"""Models that ask for more than they hold: absurd sizes, files too large or too deep, headers that promise gigabytes."""
+"""Models that ask for more than they hold: absurd sizes, files too large or deep, headers that promise gigabytes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def large_files(place: Place) -> list[str]:
 
 
 def lying_weights(place: Place) -> list[str]:
-    """The header of the weights promises more than there is, or the config describes a model a thousand times larger."""
+    """The header of the weights promises more than there is, or the config describes a far larger model."""
     folder = place.model()
     file = folder / "model.safetensors"
     content = file.read_bytes()

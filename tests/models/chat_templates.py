@@ -1,4 +1,4 @@
-"""Chat templates in the manner of several families, each with its marks and whether the tokenizer calls them special."""
+"""Chat templates in the manner of several families, each with its marks and which the tokenizer calls special."""
 
 from __future__ import annotations
 
