@@ -47,7 +47,7 @@ def run(count: int, rng: random.Random, attempts: Sequence[Attempt] = ATTEMPTS) 
             counts["executed"] += place.marker.exists()
             counts["hangs"] += time.monotonic() - began > LONGEST_S
     bad = sum(counts[what] for what in ("executed", "escaped", "tracebacks", "hangs"))
-    return Row("hostile models, states, data and text", "0 executed, 0 escaped", dict(counts), not bad)
+    return Row("hostile models, states, data, text, turns and sizes", "0 executed, 0 escaped", dict(counts), not bad)
 
 
 def _verdict(attempt: Attempt, place: Place) -> str:
