@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, read within the bounds of the file: whatever it claims, no more is allocated."""
+"""The header of a GGUF file, read within the bounds of the file: whatever it claims, no more is allocated."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SIZES = {
 def check_gguf(file: Path) -> int:
     """Return how many weights a GGUF file holds.
 
-    RecipeError where it is none, where a count, a length or a size exceeds what the file has room for or our limits,
-    and where tensors overlap or lie outside.
+    RecipeError for other files, for a count, a length or a size that exceeds our limits or the room in the file, and
+    for tensors that overlap or lie outside.
     """
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:

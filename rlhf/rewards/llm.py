@@ -67,7 +67,7 @@ class LlmReward:
         return Ready(torch.tensor(scores, dtype=torch.float32))
 
     def _verdicts(self, questions: set[Question]) -> dict[Question, float]:
-        """Return the verdict on each question, from the cache where it is there; unreadable ones are ties."""
+        """Return the verdict on each question, from the cache or from the judge; unreadable ones are ties."""
         conditions = self.judge.conditions
         keys = {q: verdict_key(self.identity, conditions, self.judge.text(q)) for q in sorted(questions, key=_order)}
         known: dict[str, Verdict] = {**self.cache.find(list(keys.values()))}
