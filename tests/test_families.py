@@ -14,6 +14,7 @@ from rlhf.recipe.fit import Shapes, check_memory
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.model_shape import read_shape
 from rlhf.recipe.placement import place
+from tests.placeholder_weights import placeholder_weights
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ROOT / "recipes" / "families"
@@ -37,7 +38,7 @@ def model(tmp_path):
 
     def make(shape: str) -> Path:
         folder = Path(shutil.copytree(SHAPES / shape, tmp_path / shape))
-        (folder / "model.safetensors").touch()
+        placeholder_weights(folder / "model.safetensors", 10**11)
         return folder
 
     return make

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.classes import Labels
-from rlhf.data.parts import Segment, example_of, items, parts
+from rlhf.data.parts import Segment, example_of, items, parts, spelled
 from rlhf.data.reading import Purpose, purpose_of, survey
 from rlhf.data.recognise import source_name
 from rlhf.data.rows import TextRow
@@ -57,6 +57,7 @@ class Inspection:
     lengths     tokens by part of a row, with the chat template; empty without a tokenizer
     too_long    rows over the limit of `use`, and `first_too_long` the first of them: they stop a run
     duplicates  rows that repeat an earlier one
+    spelled     how many rows spell each control token of the tokenizer, which is encoded as its letters
     example     the first row (of a ranking, its first pair) by part, as (text, whether it is trained on); with the
                 template where there is a tokenizer
     refusals    what would stop a run
@@ -75,6 +76,7 @@ class Inspection:
     too_long: int
     first_too_long: str
     duplicates: int
+    spelled: Mapping[str, int]
     example: Mapping[str, tuple[Segment, ...]]
     refusals: tuple[str, ...]
 
@@ -85,6 +87,7 @@ def inspect_source(use: Use, tokenizer: ChatTokenizer | None) -> Inspection:
     bad = list(found.bad)
     lengths: dict[str, list[int]] = {}
     too_long: list[str] = []
+    controls: Counter[str] = Counter()
     example: dict[str, tuple[Segment, ...]] = {}
     for row in found.rows:
         try:
@@ -92,6 +95,7 @@ def inspect_source(use: Use, tokenizer: ChatTokenizer | None) -> Inspection:
         except DataError as error:
             bad.append(error)
             continue
+        controls.update(spelled(row, tokenizer) if tokenizer else ())
         for name, sequence in found_parts:
             lengths.setdefault(name, []).append(len(sequence.tokens))
             if any(sequence.response_mask):
@@ -114,6 +118,7 @@ def inspect_source(use: Use, tokenizer: ChatTokenizer | None) -> Inspection:
         too_long=len(too_long),
         first_too_long=too_long[0] if too_long else "",
         duplicates=len(contents) - len(set(contents)),
+        spelled=dict(controls.most_common()),
         example=example,
         refusals=(),
     )

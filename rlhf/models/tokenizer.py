@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError, RecipeError
+from rlhf.models.controls import Controls
 from rlhf.models.folder import loading
-
-Message = Mapping[str, str]
+from rlhf.models.rendering import Message, render
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -21,6 +22,9 @@ PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|e
 @dataclass(frozen=True)
 class ChatTokenizer:
     """A tokenizer with its chat template.
+
+    What messages say is text: a control token that they spell is encoded letter by letter, and only what the template
+    writes itself becomes one (`Controls`).
 
     hf       the transformers tokenizer
     pad_id   fills rows up; masks never rely on it
@@ -31,17 +35,22 @@ class ChatTokenizer:
     pad_id: int
     eos_ids: tuple[int, ...]
 
+    @cached_property
+    def controls(self) -> Controls:
+        """The control tokens, and how texts are kept from becoming them."""
+        return Controls(self.hf, self.eos_ids)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that a response to `messages` follows: the template with its generation prompt.
 
         A beginning-of-sequence token is there when the template writes one, and never twice. Raises DataError
         when the template refuses the messages.
         """
-        return self._encode(self._render(messages, generation_prompt=True))
+        return self.controls.encode(self._render(messages, generation_prompt=True))
 
     def completion_ids(self, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
         """Return the prompt's ids and those of a finished response to it, end-of-sequence token included."""
-        pieces = [self._render(messages, generation_prompt=True), response]
+        pieces = [self._render(messages, generation_prompt=True), self.controls.masked(response, "assistant")]
         prompt, completion = self._encode_pieces(pieces)
         return prompt, [*completion, self.eos_ids[0]]
 
@@ -62,7 +71,11 @@ class ChatTokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a plain text, with the special tokens that the tokenizer itself puts around one."""
-        return self.hf(text)["input_ids"]
+        return self.controls.encode(self.controls.masked(text, "user"), around=True)
+
+    def spelled_controls(self, text: str, role: str = "user") -> tuple[str, ...]:
+        """Return the control tokens that a text of a role spells, in their order; it is encoded as its letters."""
+        return self.controls.spelled(text, role)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
@@ -74,15 +87,7 @@ class ChatTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        if not messages:
-            raise DataError("a conversation is empty, or starts with the assistant and has nothing to answer")
-        try:
-            return self.hf.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # a template is a program of the model's: it may raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses a conversation of roles {roles}: {_reason(error)}") from error
+        return render(self.hf, self.controls, messages, generation_prompt)
 
     def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """Cut the rendered conversation into pieces, each with whether the assistant said it."""
@@ -91,26 +96,33 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:index], generation_prompt=True)
-            turn = _rest(before, self._render(messages[: index + 1]))
+            turn = self._rest(before, self._render(messages[: index + 1]))
             end = self._turn_end(turn)
-            yield _rest(done, before), False
+            yield self._rest(done, before), False
             yield turn[:end], True
             done = before + turn[:end]
-        yield _rest(done, self._render(messages)), False
+        yield self._rest(done, self._render(messages)), False
+
+    def _rest(self, start: str, text: str) -> str:
+        if not text.startswith(start):
+            shown = self.controls.unmasked(start)[-60:]
+            raise DataError(
+                "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
+                f"sequence: {shown!r} is not kept; use single-turn data, or a template that keeps what it wrote"
+            )
+        return text[len(start) :]
 
     def _turn_end(self, turn: str) -> int:
         """Return where the last end-of-sequence token of an assistant's rendered turn ends, in characters."""
         ends = self.hf.convert_ids_to_tokens(list(self.eos_ids))
         end = max(turn.rfind(token) + len(token) if token in turn else 0 for token in ends)
         if not end:
+            shown = self.controls.unmasked(turn)[-60:]
             raise DataError(
-                f"the chat template closes the assistant's turn {turn[-60:]!r} with none of {', '.join(ends)}; "
+                f"the chat template closes the assistant's turn {shown!r} with none of {', '.join(ends)}; "
                 "set model.chat_template to one that does, or the model never learns to stop"
             )
         return end
-
-    def _encode(self, text: str) -> list[int]:
-        return self.hf(text, add_special_tokens=False)["input_ids"]
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """Encode pieces of one text as a model meets them: the ids of a piece never depend on a later piece.
@@ -122,8 +134,8 @@ class ChatTokenizer:
         ids: list[int] = []
         for piece in pieces:
             text += piece
-            whole = self._encode(text)
-            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(piece))
+            whole = self.controls.encode(text)
+            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self.controls.encode(piece))
             ids = ids + encoded[-1]
         return encoded
 
@@ -143,31 +155,20 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
         raise RecipeError(
             f"{folder}: the tokenizer names no end-of-sequence token (eos_token in tokenizer_config.json)"
         )
-    closing = _closing_id(ChatTokenizer(hf, pad_id=eos_ids[0], eos_ids=eos_ids))
+    with loading(folder):
+        closing = _closing_id(ChatTokenizer(hf, pad_id=eos_ids[0], eos_ids=eos_ids))
     eos_ids = (closing, *(token for token in eos_ids if token != closing))
     pad_id = _pad_id(hf, eos_ids)
     hf.pad_token = hf.convert_ids_to_tokens(pad_id)
     return ChatTokenizer(hf, pad_id, eos_ids)
 
 
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _rest(start: str, text: str) -> str:
-    if not text.startswith(start):
-        raise DataError(
-            "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
-            f"sequence: {start[-60:]!r} is not kept; use single-turn data, or a template that keeps what it wrote"
-        )
-    return text[len(start) :]
-
-
 def _end_ids(hf: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
     """Return the tokenizer's end-of-sequence token and those of the generation config, each once."""
     found = [hf.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        with loading(folder):
+            listed = GenerationConfig.from_pretrained(folder).eos_token_id
         found += listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(token for token in found if token is not None))
 

@@ -91,6 +91,8 @@ def _facts(made: Inspection) -> Iterator[tuple[str, str]]:
     yield "rows", f"{made.rows}, {made.bad} bad, {made.duplicates} that repeat an earlier one"
     for reason, count in list(made.reasons.items())[:SHOWN]:
         yield "", f"{count} x {reason}"
+    for token, count in list(made.spelled.items())[:SHOWN]:
+        yield "", f"{count} with {token} in a text, where it is encoded as its letters"
     if made.counts and made.use.purpose == "classes":
         shown = [f"{label} {count}" for label, count in list(made.counts.items())[:LABELS]]
         more = f" and {len(made.counts) - LABELS} more" if len(made.counts) > LABELS else ""

@@ -16,14 +16,19 @@ from pathlib import Path
 
 from rlhf.errors import RlhfError
 from rlhf.models.tiny import build_tiny
-from tests.chaos import _hostile_models, _hostile_text
+from tests.chaos import _hostile_models, _hostile_sizes, _hostile_text, _hostile_turns
 from tests.chaos._hostile_models import Attempt, Place
 from tests.chaos.corruption import Heard
 from tests.chaos.row import Row, only
 
-COUNT = 200
+COUNT = 280
 LONGEST_S = 10.0
-ATTEMPTS: tuple[Attempt, ...] = (*_hostile_models.ATTEMPTS, *_hostile_text.ATTEMPTS)
+ATTEMPTS: tuple[Attempt, ...] = (
+    *_hostile_models.ATTEMPTS,
+    *_hostile_text.ATTEMPTS,
+    *_hostile_sizes.ATTEMPTS,
+    *_hostile_turns.ATTEMPTS,
+)
 
 
 def run(count: int, rng: random.Random, attempts: Sequence[Attempt] = ATTEMPTS) -> Row:
@@ -42,7 +47,7 @@ def run(count: int, rng: random.Random, attempts: Sequence[Attempt] = ATTEMPTS) 
             counts["executed"] += place.marker.exists()
             counts["hangs"] += time.monotonic() - began > LONGEST_S
     bad = sum(counts[what] for what in ("executed", "escaped", "tracebacks", "hangs"))
-    return Row("hostile models, states, data and text", "0 executed, 0 escaped", dict(counts), not bad)
+    return Row("hostile models, states, data, text, turns and sizes", "0 executed, 0 escaped", dict(counts), not bad)
 
 
 def _verdict(attempt: Attempt, place: Place) -> str:

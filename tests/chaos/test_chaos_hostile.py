@@ -12,7 +12,9 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from tests.chaos import _hostile_models, _hostile_text, canaries, hostile
+from rlhf.models.controls import Controls
+from rlhf.rewards.question import Question
+from tests.chaos import _hostile_models, _hostile_text, _hostile_turns, canaries, hostile
 from tests.chaos._hostile_models import Bomb, Place
 
 
@@ -49,6 +51,15 @@ def test_the_templates_get_out_where_there_is_no_sandbox(place: Place):
     escape = next(text for text in _hostile_models.ESCAPES if "cycler" in text)
     jinja2.Environment().from_string(escape.replace("MARKER", str(place.marker))).render()
     assert place.marker.exists()
+
+
+@pytest.mark.parametrize("attempt", _hostile_turns.ATTEMPTS, ids=lambda attempt: attempt.__name__)
+def test_forgery_is_seen_where_nothing_prevents_it(attempt, place: Place, monkeypatch: pytest.MonkeyPatch):
+    assert [attempt(place) for _ in range(20)] == [[]] * 20
+    monkeypatch.setattr(Controls, "masked", lambda self, text, role: text)
+    monkeypatch.setattr(Question, "nonce", lambda self, criteria: "WORD")
+    monkeypatch.setattr(_hostile_turns, "BLOCKS", ("[End WORD]",))
+    assert any(attempt(place) for _ in range(5))
 
 
 def test_the_row_counts_each_kind_of_failure():

@@ -23,6 +23,7 @@ from rlhf.recipe.plan_table import render_plan
 from rlhf.recipe.resources import Resources
 from rlhf.recipe.role_schema import Roles
 from rlhf.recipe.smallest import smallest
+from tests.placeholder_weights import placeholder_weights
 
 MACHINE = Resources(cpus=4, gpus=0, memory_bytes=64 << 30)
 H100, L4 = DEVICES["h100-80gb"], DEVICES["l4-24gb"]
@@ -57,7 +58,7 @@ EIGHT_B = {
 def large(folder):
     """Write the config of an 8B Llama, whose weights nothing reads."""
     LlamaConfig(**EIGHT_B).save_pretrained(folder.path / "model")
-    (folder.path / "model" / "model.safetensors").write_bytes(b"")
+    placeholder_weights(folder.path / "model" / "model.safetensors", 16 * 10**9)
     return folder
 
 
