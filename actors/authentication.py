@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import grpc
 from ray._common.tls_utils import load_certs_from_env
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub lacks them
 from ray.exceptions import AuthenticationError
 
 from rlhf.errors import ResourceError
@@ -64,7 +64,7 @@ def token_found() -> bool:
 
 
 def token_header() -> dict[str, str]:
-    """Return the header that shows this machine's token, nothing where there is none."""
+    """Return the header that shows this machine's token; empty without a token."""
     if not token_found():
         return {}
     return dict(AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True))

@@ -203,3 +203,97 @@ def test_other_servers_are_told_from_ray(status, body, says):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_every_file_is_listed_and_a_dry_run_does_nothing_else(project):
+    more = "".join(f"  - {{name: s{n}, kind: sft, data: {{path: rows{n}.jsonl}}}}\n" for n in range(12))
+    for n in range(12):
+        (project / f"rows{n}.jsonl").write_text("{}\n" * n)
+    (project / "many.yaml").write_text(f'name: many\nmodel: {{path: "tiny://llama"}}\nstages:\n{more}')
+    result = invoke(project / "many.yaml", "--address", "http://127.0.0.1:1", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("uploading 13 files, ")
+    assert {line.split()[0] for line in result.output.splitlines()[1:14]} == {
+        "many.yaml",
+        *(f"rows{n}.jsonl" for n in range(12)),
+    }
+
+
+def test_what_cannot_become_small_enough_is_refused_before_it_is_read(project, monkeypatch):
+    with (project / "far/prompts.jsonl").open("r+b") as file:
+        file.truncate(3 * 2**40)  # it takes no room on the disk, and more than a day to read
+    upload = collect(load_recipe(project / "mine/trial.yaml"))
+    said = r"have 3145728 MiB, too much to upload: the largest are far/prompts.jsonl \(3145728 MiB\), mine/trial.yaml"
+    with pytest.raises(RecipeError, match=said):
+        submit.submit("http://127.0.0.1:1", upload, "runs", "trial", print)
+
+
+@pytest.mark.parametrize(
+    "name", [".env", ".env.local", "id_ed25519", "server.PEM", ".ssh/config", ".aws/credentials", "auth_token"]
+)
+def test_what_looks_like_a_secret_is_refused(project, name):
+    secret = project / "mine" / name
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("{{ messages }}")
+    for target in (secret, project / "mine/link.jinja"):
+        if target != secret:
+            target.symlink_to(secret)
+        loaded = load_recipe(project / "mine/trial.yaml", [f"model.chat_template={target}"])
+        with pytest.raises(RecipeError, match="looks like a secret, so it is not uploaded"):
+            collect(loaded)
+
+
+def test_what_is_no_plain_file_is_refused(project):
+    import os
+
+    loaded = load_recipe(project / "mine/trial.yaml")
+    (project / "mine/heldout.jsonl").unlink()
+    os.mkfifo(project / "mine/heldout.jsonl")
+    with pytest.raises(RecipeError, match="no plain file"):
+        collect(loaded)
+
+
+def test_a_link_is_listed_with_what_it_leads_to(project):
+    real = project / "far/real.jsonl"
+    real.write_text('{"prompt": "a"}\n')
+    (project / "mine/heldout.jsonl").unlink()
+    (project / "mine/heldout.jsonl").symlink_to(real)
+    lines = collect(load_recipe(project / "mine/trial.yaml")).describe()
+    assert any(line.startswith("  mine/heldout.jsonl ") and line.endswith(f"(a link to {real})") for line in lines)
+
+
+class Cluster:
+    """A job server that wants a token, or none, and keeps what it was shown."""
+
+    def __init__(self, token: str) -> None:
+        self.shown: list[str] = []
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                owner.shown.append(self.headers.get("Authorization", ""))
+                right = not token or self.headers.get("Authorization") == f"Bearer {token}"
+                body = b'{"ray_version": "2.60.0"}' if right else b"Unauthorized"
+                self.send_response(200 if right else 401)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize("token", ["", "t" * 64])
+def test_a_token_is_shown_to_who_asks_for_it_alone(monkeypatch, token):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    cluster = Cluster(token)
+    try:
+        assert submit.check_answers(cluster.address) == bool(token)
+    finally:
+        cluster.server.shutdown()
+        cluster.server.server_close()
+    assert cluster.shown == (["", f"Bearer {token}"] if token else [""])

@@ -93,7 +93,7 @@ def open_sinks(recipe: Recipe, folder: Path) -> Iterator[Sinks]:
 
 
 def told(recipe: Recipe) -> dict[str, Any]:
-    """Return what a sink is told of the recipe: all but where metrics go and which machines there are, made public."""
+    """Return the recipe for a sink: all except where metrics go and which machines there are, made public."""
     told: dict[str, Any] = public(recipe.model_dump(mode="json", exclude={"tracking", "ray"}))
     return told
 
