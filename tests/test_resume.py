@@ -203,8 +203,8 @@ def test_annotation_goes_on_with_what_it_has(tmp_path, monkeypatch):
      judge: {kind: function, path: "judge.py:score"}, max_response_tokens: 6, samples_per_prompt: 3}
 """
     (tmp_path / "recipe.yaml").write_text(RECIPE[: RECIPE.index("  - {name: sft")] + stage)
-    monkeypatch.setattr("rlhf.stages.annotate.PROMPTS_PER_CALL", 2)
-    assert run(tmp_path).exit_code == 0
+    two_prompts_a_round = ("--set", "roles.rollout.max_sequences=3")
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 0
     through = (tmp_path / "out").rename(tmp_path / "through") / "stages" / "pairs"
     drawn = []
     generate = LocalRollout.generate
@@ -216,9 +216,9 @@ def test_annotation_goes_on_with_what_it_has(tmp_path, monkeypatch):
         return generate(engine, prompts, *arguments)
 
     monkeypatch.setattr(LocalRollout, "generate", interrupted)
-    assert run(tmp_path).exit_code == 130
-    assert run(tmp_path).exit_code == 0
-    assert drawn == [2, 2, 2, 2, 1]
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 130
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 0
+    assert drawn == [2, 2, 2, *(2, 2, 1)]  # the third was drawn while the second was judged
     for name in ("pairs.jsonl", "best.jsonl"):
         assert (tmp_path / "out" / "stages" / "pairs" / name).read_bytes() == (through / name).read_bytes()
 
