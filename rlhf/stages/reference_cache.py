@@ -19,7 +19,7 @@ import platform
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,17 @@ def _ask(model: Reference, missing: Sequence[Part], pad_id: int, context: StageC
     """Fill in the sums of parts, and keep each on disk before the next; training goes on where that is refused."""
     interrupts, keeping = context.recovery.interrupts, True
     context.tracker.begin("reference logprobs", len(missing))
-    with interrupts.deferred():
-        for number, part in enumerate(missing, start=1):
-            part.sums = _pass(model, part.sequences, pad_id)
-            if keeping and all(map(math.isfinite, part.sums)):
-                keeping = _keep(part.file, part.sums, context)
-            context.tracker.advance(number, {})
-            kept = "which are kept" if keeping else "which cannot be kept"
-            interrupts.check(f"after part {number} of {len(missing)} of the reference's logprobs, {kept}")
+    try:
+        with interrupts.deferred():
+            for number, part in enumerate(missing, start=1):
+                part.sums = _pass(model, part.sequences, pad_id)
+                if keeping and all(map(math.isfinite, part.sums)):
+                    keeping = _keep(part.file, part.sums, context)
+                context.tracker.advance(number, {})
+                kept = "which are kept" if keeping else "which cannot be kept"
+                interrupts.check(f"after part {number} of {len(missing)} of the reference's logprobs, {kept}")
+    finally:
+        context.tracker.step = 0  # parts are no steps of the training that follows
 
 
 def _parts(
@@ -112,23 +115,31 @@ def _parts(
 
     Two neighbours, the sides of a pair, stay together and share their prompt.
     """
+    model = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     start = tokens = 0
+    digest = model.copy()
+
+    def part(end: int) -> Part:
+        file = folder / f"{digest.hexdigest()}.json"
+        return Part(Lazy(partial(_row, group, start), end - start), file, _read(file, context))
+
     for place in range(0, len(group), 2):
-        size = sum(len(sequence.tokens) for sequence in group[place : place + 2])
+        sides = group[place : place + 2]
+        size = sum(len(sequence.tokens) for sequence in sides)
         if place > start and (tokens + size > PART_TOKENS * spec.ranks or place - start >= PART):
-            yield _part(group, start, place, content, folder, context)
-            start, tokens = place, 0
+            yield part(place)
+            start, tokens, digest = place, 0, model.copy()
         tokens += size
+        for sequence in sides:
+            digest.update(len(sequence.tokens).to_bytes(8, "little"))
+            digest.update(array("q", sequence.tokens))
+            digest.update(bytes(sequence.response_mask))
     if start < len(group):
-        yield _part(group, start, len(group), content, folder, context)
+        yield part(len(group))
 
 
-def _part(
-    group: Sequence[TokenSequence], start: int, end: int, content: dict[str, Any], folder: Path, context: StageContext
-) -> Part:
-    sequences = Lazy(lambda place: group[start + place], end - start)
-    file = folder / f"{_key(content, sequences)}.json"
-    return Part(sequences, file, _read(file, context))
+def _row(group: Sequence[TokenSequence], start: int, place: int) -> TokenSequence:
+    return group[start + place]
 
 
 def _content(spec: LearnerSpec, context: StageContext) -> dict[str, Any]:
@@ -154,15 +165,6 @@ def _code_digest() -> str:
     ).hexdigest()
 
 
-def _key(content: dict[str, Any], sequences: Sequence[TokenSequence]) -> str:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for sequence in sequences:
-        digest.update(len(sequence.tokens).to_bytes(8, "little"))
-        digest.update(array("q", sequence.tokens))
-        digest.update(bytes(sequence.response_mask))
-    return digest.hexdigest()
-
-
 def _read(file: Path, context: StageContext) -> list[float] | None:
     """Return the sums that a file holds; None where there is none, or none that is as it was written."""
     try:
@@ -181,14 +183,14 @@ def _read(file: Path, context: StageContext) -> list[float] | None:
 
 def _keep(file: Path, sums: list[float], context: StageContext) -> bool:
     """Write a file that is on disk whole or not there; return whether the cache takes it, and say so where not."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as writing:
+        with unfinished.open("w", encoding="utf-8") as writing:
             writing.write(json.dumps({"sha256": _seal(sums), "sums": sums}))
             writing.flush()
             os.fsync(writing.fileno())
-        partial.replace(file)
+        unfinished.replace(file)
         flush_folder(file.parent)
     except OSError as error:
         context.tracker.say(f"cannot keep the reference's logprobs for later runs: {error}")
