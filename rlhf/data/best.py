@@ -49,7 +49,7 @@ def each_best(path: Path) -> Iterator[Best]:
 
 
 def read_best(path: Path) -> list[Best]:
-    """Return all rows of a file, which has to fit in memory; DataError where there is none."""
+    """Return all rows of a file, which have to fit in memory; DataError if there are none."""
     return list(each_best(path))
 
 

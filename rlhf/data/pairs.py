@@ -51,12 +51,12 @@ def each_pair(path: Path) -> Iterator[Pair]:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Return all pairs of a file, which has to fit in memory; DataError where there is none."""
+    """Return all pairs of a file, which have to fit in memory; DataError if there are none."""
     return list(_some(path, list(each_pair(path))))
 
 
 def lazy_pairs(path: Path) -> Sequence[Pair]:
-    """Return the pairs of a finished stage, read from the file as they are asked for; DataError where there is none."""
+    """Return the pairs of a finished stage, read from the file on access; DataError if there are none."""
     return _some(path, lazy_lines(path, _PAIR))
 
 

@@ -67,12 +67,12 @@ def each_chat(folder: Path) -> Iterator[Chat]:
 
 
 def each_rejected(folder: Path) -> Iterator[Rejected]:
-    """Yield what a synthesize stage set aside; DataError names the file and line of damage."""
+    """Yield what a synthesize stage rejected; DataError names the file and line of damage."""
     return each_line(folder / REJECTED, _REJECTED)
 
 
 def read_synthesized(folder: Path) -> tuple[list[Chat], list[Rejected]]:
-    """Return all that a synthesize stage wrote: the chats, and what it set aside."""
+    """Return all that a synthesize stage wrote: the chats, and what it rejected."""
     return list(each_chat(folder)), list(each_rejected(folder))
 
 

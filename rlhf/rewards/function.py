@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlhf.types import Prompt, Rollout
 
 NOT_STARTED = -1
-"""Stands before all responses for a process that cannot be started."""
+"""The place, before all responses, of a failure to start a process."""
 
 
 def check_functions(recipe: Recipe) -> None:

@@ -28,7 +28,7 @@ from rlhf.types import Prompt
 log = logging.getLogger("rlhf")
 LOAD_TIMEOUT_S = 120.0
 NOTICE_S = 30.0
-"""So often people are told that a file is still being imported."""
+"""Seconds between two warnings that a file is still being imported."""
 
 ASKING_S = 0.2
 LINE, LINES = 2000, 200
@@ -92,7 +92,7 @@ class FunctionProcess:
         return float(answer["score"])
 
     def _load(self, timeout_s: float) -> None:
-        """Wait until the file is imported; people are told now and then what takes so long."""
+        """Wait until the file is imported, and log a warning every `NOTICE_S` seconds meanwhile."""
         began = time.monotonic()
         waiting = select.poll()
         waiting.register(self.connection, select.POLLIN)

@@ -1,8 +1,8 @@
 """Preference data: sample from a policy, let a judge rank the samples, add the stated label noise.
 
-Prompts are worked off in rounds, sized by what the engine generates at once. While a round is judged the engine draws
+Prompts are processed in rounds, sized by what the engine generates at once. While a round is judged the engine draws
 the next one, so that it never runs empty between two of them. A round is committed, its rows appended and flushed and
-a state saved, before the next one is judged: what ends the stage costs the rounds in hand, and memory holds no others.
+a state saved, before the next one is judged: an interrupt or crash loses the rounds in flight, and memory holds no others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOADS = 2
 less, the engine would run out of it before the longest response of the present round ends."""
 
 EARLIER_ROUND = 128
-"""Prompts in a round of a state that does not say how many are done."""
+"""Prompts in a round of states that do not hold the number of finished prompts."""
 
 
 @dataclass
@@ -92,12 +92,12 @@ def run(stage: AnnotateStage, context: StageContext) -> Summary:
 
 
 def prompts_per_round(role: RolloutRole, samples_per_prompt: int) -> int:
-    """Return how many prompts keep all replicas of an engine busy for `LOADS` times what they generate at once."""
+    """Return the prompts of a round: their samples are `LOADS` times what all replicas generate at once."""
     return -(-LOADS * role.replicas * role.max_sequences // samples_per_prompt)
 
 
 def _taken_up(going: Going, files: AppendedFiles, skips: Skips, folder: Path) -> Made:
-    """Return what is made so far; files that no state refers to are emptied."""
+    """Return the counts so far; files that no state refers to are emptied."""
     skips.take_up(going.carried.get("skips", {}))
     if not going.step:
         files.clear()

@@ -37,7 +37,7 @@ class Content:
     digest: _Hash = field(default_factory=hashlib.sha256)
 
     def take(self, path: Path, end: int) -> None:
-        """Take in what the file holds from `size` to `end`, or to its own end where that comes first."""
+        """Hash the file from `size` to `end`, or to its own end if that comes first."""
         with path.open("rb") as file:
             file.seek(self.size)
             while self.size < end and (part := file.read(min(CHUNK, end - self.size))):
@@ -46,10 +46,10 @@ class Content:
 
 
 class AppendedFiles:
-    """Files of JSON lines in a stage's folder, to be used as what a `StageRecovery` keeps.
+    """Files of JSON lines in a stage's folder, which a `StageRecovery` keeps.
 
-    `append` flushes its rows to disk, so a state that is saved afterwards refers to nothing that a crash can take.
-    `load_state` removes what came after the state, so that the work behind it is done again and appended once.
+    `append` flushes its rows to disk, so a state that is saved afterwards never refers to rows that a crash can lose.
+    `load_state` removes the rows behind the state: their work is done again, and each row is there once.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], stage: str) -> None:
@@ -84,9 +84,9 @@ class AppendedFiles:
         return Ready(None)
 
     def load_state(self, folder: Path) -> Pending[None]:
-        """Cut the files back to what the state says; a state that holds the files themselves gives them.
+        """Truncate the files to their committed size; copy them from a state that holds the files themselves.
 
-        DataError, and nothing is cut, where a file no longer begins with what was committed.
+        DataError, and nothing is truncated, if a file no longer begins with what was committed.
         """
         if not (folder / COMMITTED).exists():
             self._copy(folder)
@@ -117,7 +117,7 @@ class AppendedFiles:
         return content
 
     def _copy(self, folder: Path) -> None:
-        """Take the files out of a state that an earlier version saved."""
+        """Copy the files from a state that an earlier version saved."""
         for name, journal in self.journals.items():
             with failures_told(journal.path, "cannot be written"):
                 shutil.copyfile(folder / name, journal.path)

@@ -1,4 +1,4 @@
-"""The rollouts that a saved state holds because the policy that drew them is gone: columns in a safetensors file."""
+"""Rollouts in a saved state, as columns of a safetensors file: the policy that drew them is gone by then."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Columns = dict[str, NDArray[Any]]
 
 
 class DrawnAhead:
-    """What is drawn for the next step, to be used as what a `StageRecovery` keeps. Prompts are not saved.
+    """The rollouts of the next step, which a `StageRecovery` keeps. Prompts are not saved.
 
     A step's prompts follow from its number, so `taken_up` gets them from the caller.
     """

@@ -2,7 +2,7 @@
 
 A longest common subsequence is at most as long as the words that two texts share, each counted as often as both have
 it. An index from words to instructions gives that number for all instructions at once, and only those whose bound
-reaches the best similarity found so far are compared. The answer is that of comparing all.
+reaches the best similarity found so far are compared. The result equals that of comparing all.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Pool:
         return Neighbour(self.names[place], best)
 
     def __contains__(self, text: str) -> bool:
-        """Return whether a text is there but for case, punctuation and spaces."""
+        """Return whether a text is in the pool, ignoring case, punctuation and spaces."""
         return " ".join(words(text)) in self.exact
 
     def _bounds(self, said: Sequence[str]) -> NDArray[np.float64]:
@@ -100,7 +100,7 @@ class Candidates:
         return max(pool.nearest(text).similarity for pool in (self.kept, self.new) if pool.names)
 
     def __contains__(self, text: str) -> bool:
-        """Return whether a text is there but for case, punctuation and spaces."""
+        """Return whether a text is in the pool, ignoring case, punctuation and spaces."""
         return text in self.kept or text in self.new
 
 

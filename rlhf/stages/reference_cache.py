@@ -64,7 +64,7 @@ def reference_sums(
 ) -> list[list[float]]:
     """Return the sum of log-probabilities over each response of each group, in nats, from the cache as far as it goes.
 
-    The model is the one that `spec` describes, before its first step. A damaged file is made anew. Sums that are not
+    The model is the one that `spec` describes, before its first step. A damaged file is replaced. Sums that are not
     finite are not kept. An interrupt takes effect after a part.
     """
     content = _content(spec, context)
@@ -92,7 +92,7 @@ def _pass(model: Reference, sequences: Sequence[TokenSequence], pad_id: int) -> 
 
 
 def _ask(model: Reference, missing: Sequence[Part], pad_id: int, context: StageContext) -> None:
-    """Fill in the sums of parts, and keep each on disk before the next; training goes on where that is refused."""
+    """Fill in the sums of parts, and write each to disk before the next; training continues if the disk refuses."""
     interrupts, keeping = context.recovery.interrupts, True
     context.tracker.begin("reference logprobs", len(missing))
     try:
@@ -166,7 +166,7 @@ def _code_digest() -> str:
 
 
 def _read(file: Path, context: StageContext) -> list[float] | None:
-    """Return the sums that a file holds; None where there is none, or none that is as it was written."""
+    """Return the sums that a file holds; None if it is missing or damaged."""
     try:
         kept = json.loads(file.read_bytes())
     except FileNotFoundError:

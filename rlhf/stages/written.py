@@ -1,4 +1,4 @@
-"""What a synthesize stage has written so far: rows in its files, and in memory only what the next ones depend on."""
+"""The rows that a synthesize stage has written, with what later rows depend on in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.stages.pool import Pool
 
 
 class Written:
-    """Chats and what was set aside. `files` are to be kept by a `StageRecovery`.
+    """Chats and rejected drafts. A `StageRecovery` keeps `files`.
 
     `own` are the new instructions by name, in the order in which they were kept, and `pool` the seeds and these.
     """
@@ -28,7 +28,7 @@ class Written:
         self.rejected: list[Rejected] = []
 
     def begin(self, resumed: bool) -> None:
-        """Take in what the files hold where the stage is `resumed`; empty them where it is not."""
+        """Read the files if the stage is `resumed`, otherwise empty them."""
         if not resumed:
             self.files.clear()
             return
@@ -37,17 +37,17 @@ class Written:
         self.reasons.update(item.reason for item in each_rejected(self.folder))
 
     def keep(self, chat: Chat) -> None:
-        """Take in a chat."""
+        """Add a chat."""
         self.chats.append(chat)
         self._enter(chat)
 
     def reject(self, item: Rejected) -> None:
-        """Take in what was not good enough."""
+        """Add a rejected draft."""
         self.rejected.append(item)
         self.reasons[item.reason] += 1
 
     def flush(self) -> None:
-        """Append to the files what has come since the last time."""
+        """Append the new rows to the files."""
         self.files.append(CHATS, map(asdict, self.chats))
         self.files.append(REJECTED, map(asdict, self.rejected))
         self.chats, self.rejected = [], []
