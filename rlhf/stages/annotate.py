@@ -2,7 +2,8 @@
 
 Prompts are processed in rounds, sized by what the engine generates at once. While a round is judged the engine draws
 the next one, so that it never runs empty between two of them. A round is committed, its rows appended and flushed and
-a state saved, before the next one is judged: an interrupt or crash loses the rounds in flight, and memory holds no others.
+a state saved, before the next one is judged: an interrupt or crash loses the rounds in flight, and memory holds no
+others.
 """
 
 from __future__ import annotations
