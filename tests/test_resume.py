@@ -246,8 +246,8 @@ def test_annotation_goes_on_with_what_it_has(tmp_path, monkeypatch):
      judge: {kind: function, path: "judge.py:score"}, max_response_tokens: 6, samples_per_prompt: 3}
 """
     (tmp_path / "recipe.yaml").write_text(RECIPE[: RECIPE.index("  - {name: sft")] + stage)
-    monkeypatch.setattr("rlhf.stages.annotate.PROMPTS_PER_CALL", 2)
-    assert run(tmp_path).exit_code == 0
+    two_prompts_a_round = ("--set", "roles.rollout.max_sequences=3")
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 0
     through = (tmp_path / "out").rename(tmp_path / "through") / "stages" / "pairs"
     drawn = []
     generate = LocalRollout.generate
@@ -259,11 +259,38 @@ def test_annotation_goes_on_with_what_it_has(tmp_path, monkeypatch):
         return generate(engine, prompts, *arguments)
 
     monkeypatch.setattr(LocalRollout, "generate", interrupted)
-    assert run(tmp_path).exit_code == 130
-    assert run(tmp_path).exit_code == 0
-    assert drawn == [2, 2, 2, 2, 1]
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 130
+    assert run(tmp_path, *two_prompts_a_round).exit_code == 0
+    assert drawn == [2, 2, 2, *(2, 2, 1)]  # the third was drawn while the second was judged
     for name in ("pairs.jsonl", "best.jsonl"):
         assert (tmp_path / "out" / "stages" / "pairs" / name).read_bytes() == (through / name).read_bytes()
+
+
+def test_an_interrupt_in_the_reference_passes_keeps_the_parts(tmp_path, monkeypatch):
+    rows = [{"prompt": f"Say {n}.", "chosen": str(n), "rejected": "no"} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = "  - {name: dpo, kind: dpo, policy: base, data: {path: pairs.jsonl}, batch_size: 6, heldout_fraction: 0}\n"
+    (tmp_path / "recipe.yaml").write_text(RECIPE[: RECIPE.index("  - {name: sft")] + stage)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rlhf.stages.reference_cache.PART", 4)
+    asked = []
+    logprobs = LocalModel.logprobs
+
+    def interrupted(model, batch):
+        asked.append(len(batch))
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logprobs(model, batch)
+
+    monkeypatch.setattr(LocalModel, "logprobs", interrupted)
+    result = run(tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        143,
+        "interrupted in stage dpo, after part 2 of 3 of the reference's logprobs, which are kept;"
+        " the same command goes on\n",
+    )
+    assert run(tmp_path).exit_code == 0
+    assert asked == [4, 4, 4]
 
 
 def test_differences_are_told_in_words():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from rlhf.data.lines import read_lines, write_lines
+from rlhf.data.lines import each_line, write_lines
 from rlhf.data.sequences import TokenSequence, answered
 from rlhf.errors import DataError
 
@@ -30,19 +30,29 @@ class Best:
 _BEST = TypeAdapter(Best)
 
 
-def write_best(path: Path, rows: Sequence[Best]) -> None:
+def write_best(path: Path, rows: Iterable[Best]) -> None:
     """Write one row a line as JSON; floats keep all their bits. ValueError on a score that is not finite."""
     write_lines(path, rows)
 
 
-def read_best(path: Path) -> list[Best]:
-    """Read what `write_best` wrote; DataError names the file and line of damage."""
-    rows = read_lines(path, _BEST)
-    if not rows:
+def each_best(path: Path) -> Iterator[Best]:
+    """Yield what `write_best` or an annotate stage wrote, row by row.
+
+    DataError names the file and line of damage, or says that there is no row.
+    """
+    none = True
+    for row in each_line(path, _BEST):
+        none = False
+        yield row
+    if none:
         raise DataError(f"{path}:1: no samples")
-    return rows
 
 
-def best_sequences(rows: Sequence[Best]) -> list[TokenSequence]:
-    """Return prompt + response of each row, the response marked."""
-    return [answered(row.prompt_tokens, row.response_tokens) for row in rows]
+def read_best(path: Path) -> list[Best]:
+    """Return all rows of a file, which have to fit in memory; DataError if there are none."""
+    return list(each_best(path))
+
+
+def best_sequences(rows: Iterable[Best]) -> Iterator[TokenSequence]:
+    """Yield prompt + response of each row, the response marked."""
+    return (answered(row.prompt_tokens, row.response_tokens) for row in rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from rlhf.data.lines import read_lines, write_lines
+from rlhf.data.lines import each_line
 from rlhf.data.reading import read_conversations
 from rlhf.data.rows import Conversation
 from rlhf.recipe.base import PathData
@@ -61,15 +61,19 @@ class Rejected:
 _CHAT, _REJECTED = TypeAdapter(Chat), TypeAdapter(Rejected)
 
 
-def write_synthesized(folder: Path, chats: Sequence[Chat], rejected: Sequence[Rejected]) -> None:
-    """Write `data.jsonl` and `rejected.jsonl`."""
-    write_lines(folder / CHATS, chats)
-    write_lines(folder / REJECTED, rejected)
+def each_chat(folder: Path) -> Iterator[Chat]:
+    """Yield the chats of a synthesize stage; DataError names the file and line of damage."""
+    return each_line(folder / CHATS, _CHAT)
+
+
+def each_rejected(folder: Path) -> Iterator[Rejected]:
+    """Yield what a synthesize stage rejected; DataError names the file and line of damage."""
+    return each_line(folder / REJECTED, _REJECTED)
 
 
 def read_synthesized(folder: Path) -> tuple[list[Chat], list[Rejected]]:
-    """Read what `write_synthesized` wrote; DataError names the file and line of damage."""
-    return read_lines(folder / CHATS, _CHAT), read_lines(folder / REJECTED, _REJECTED)
+    """Return all that a synthesize stage wrote: the chats, and what it rejected."""
+    return list(each_chat(folder)), list(each_rejected(folder))
 
 
 def synthesized_conversations(folder: Path) -> list[Conversation]:

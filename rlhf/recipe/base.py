@@ -79,6 +79,12 @@ class FunctionJudge(Strict):
     kind: Literal["function"]
     path: str = Field(pattern=r"^.+\.py:[A-Za-z_]\w*$", description="file.py:function, relative to the recipe")
     timeout_s: Positive = Field(60.0, description="of one response; the function runs in a process of its own")
+    load_timeout_s: Positive = Field(120.0, description="of the import of the file, models that it loads included")
+    workers: PositiveInt = Field(
+        1,
+        description="processes that score side by side, each with its own import of the file; for checks that take "
+        "long, as many as there are cores to spare",
+    )
 
 
 class ModelJudge(Strict):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -26,7 +27,10 @@ from rlhf.types import Prompt
 
 log = logging.getLogger("rlhf")
 printed_log = log.getChild("printed")
-LOADING_S = 120.0
+LOAD_TIMEOUT_S = 120.0
+NOTICE_S = 30.0
+"""Seconds between two warnings that a file is still being imported."""
+
 ASKING_S = 0.2
 LINE, LINES = 2000, 200
 
@@ -37,7 +41,7 @@ class FunctionProcess:
     What it prints goes to `logs/rewards.log` of a run. Its children belong to its process group and end with it.
     """
 
-    def __init__(self, path: str, timeout_s: float) -> None:
+    def __init__(self, path: str, timeout_s: float, load_timeout_s: float = LOAD_TIMEOUT_S) -> None:
         """Start it and import the file; RecipeError says what is wrong with the file, and where."""
         self.path, self.timeout_s = path, timeout_s
         self.file, _, self.name = path.rpartition(":")
@@ -61,7 +65,7 @@ class FunctionProcess:
         self.printing = Thread(target=_keep, args=(process.stdout, Path(self.file).name, self.printed), daemon=True)
         self.printing.start()
         self.answers = self.connection.makefile("rb")
-        self._load()
+        self._load(load_timeout_s)
 
     def score(self, prompt: Prompt, response: str) -> float:
         """Return the function's finite score of a response.
@@ -88,13 +92,20 @@ class FunctionProcess:
             raise self._failure(answer["line"], answer["failure"], prompt)
         return float(answer["score"])
 
-    def _load(self) -> None:
-        self.connection.settimeout(LOADING_S)
-        try:
-            said = self._ask(b"")
-        except TimeoutError as error:
-            line = self._locate()
-            raise RecipeError(f"{self.file}:{line}: is still being imported after {LOADING_S:g} s") from error
+    def _load(self, timeout_s: float) -> None:
+        """Wait until the file is imported, and log a warning every `NOTICE_S` seconds meanwhile."""
+        began = time.monotonic()
+        waiting = select.poll()
+        waiting.register(self.connection, select.POLLIN)
+        while not waiting.poll(1000 * min(NOTICE_S, max(0.0, began + timeout_s - time.monotonic()))):
+            passed = time.monotonic() - began
+            if passed >= timeout_s:
+                raise RecipeError(
+                    f"{self.file}:{self._locate()}: is still being imported after {timeout_s:g} s; raise"
+                    " load_timeout_s of the function judge, or load less at import"
+                )
+            log.warning("%s is still being imported after %.0f s (load_timeout_s %g)", self.file, passed, timeout_s)
+        said = self._answer()
         if said is None:
             line = self._stopped()
             raise RecipeError(f"{self.file}:{line}: cannot be imported: it {self._death()}")
@@ -108,8 +119,14 @@ class FunctionProcess:
         """Return the answer, or None when the process is no more; TimeoutError when it is busy for too long."""
         try:
             self.connection.sendall(request)
-            line = self.answers.readline()
         except (BrokenPipeError, ConnectionResetError):
+            return None
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any] | None:
+        try:
+            line = self.answers.readline()
+        except ConnectionResetError:
             return None
         return json.loads(line) if line.endswith(b"\n") else None
 

@@ -162,7 +162,7 @@ class StageContext:
         """Start the reward source that a judge section describes."""
         match judge:
             case FunctionJudge():
-                return FunctionReward(judge.path, judge.timeout_s)
+                return FunctionReward(judge.path, judge.timeout_s, judge.workers, judge.load_timeout_s)
             case HttpJudge():
                 complete = isinstance(self.stage, CompareStage)  # nothing is left out of a comparison
                 return HttpReward(judge.model_copy(update={"on_error": "fail"}) if complete else judge)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 # Scripts that put no space between words: each character counts as a word.
@@ -117,40 +115,6 @@ def circles(said: Sequence[str]) -> bool:
     """Return whether more than half of the three-word sequences of a text are repeats of earlier ones."""
     triples = list(zip(said, said[1:], said[2:], strict=False))
     return len(said) >= FEWEST_WORDS and len(set(triples)) < DISTINCT * len(triples)
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """The instruction of a pool that another one is most like, by ROUGE-L."""
-
-    name: str
-    similarity: float
-
-
-class Pool:
-    """Instructions by name, among which no two should be alike."""
-
-    def __init__(self, items: Iterable[tuple[str, str]] = ()) -> None:
-        self.names: list[str] = []
-        self.words: list[list[str]] = []
-        self.exact: set[str] = set()
-        for name, text in items:
-            self.add(name, text)
-
-    def add(self, name: str, text: str) -> None:
-        """Take one in."""
-        self.names.append(name)
-        self.words.append(words(text))
-        self.exact.add(normalised(text))
-
-    def nearest(self, text: str) -> Neighbour:
-        """Return the one that a text is most like, the first of equals; the pool is not empty."""
-        _, similarity, place = process.extractOne(words(text), self.words, scorer=Indel.normalized_similarity)
-        return Neighbour(self.names[place], float(similarity))
-
-    def __contains__(self, text: str) -> bool:
-        """Return whether a text is there but for case, punctuation and spaces."""
-        return normalised(text) in self.exact
 
 
 def _damaged(text: str) -> bool:

@@ -14,7 +14,7 @@ from rlhf.roles import Learner, RewardSource, Roles, WeightReceipt
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored, Valued, collect, measure
 from rlhf.stages.online_draw import Draw
-from rlhf.stages.recovery import Going
+from rlhf.stages.recovery import Going, Kept
 from rlhf.stages.samples import forget_samples, is_kept, write_samples
 from rlhf.types import Metrics, Prompt
 
@@ -61,10 +61,13 @@ class Training:
 
 
 @contextmanager
-def going_on(training: Training) -> Iterator[Going]:
-    """Bring policy, critic, method and tracker to where the stage was; the engine still has to get the weights."""
+def going_on(training: Training, *beside: Kept) -> Iterator[Going]:
+    """Bring policy, critic, method and tracker to where the stage was; the engine still has to get the weights.
+
+    What is `beside` them is kept in the states too.
+    """
     method = training.method
-    with training.context.recovery.going_on([training.roles.policy, *method.learners()]) as going:
+    with training.context.recovery.going_on([training.roles.policy, *method.learners(), *beside]) as going:
         forget_samples(training.context.folder / SAMPLES, going.step, training.stage.samples)
         if going.step:
             method.take_up(going.carried["method"])

@@ -21,21 +21,18 @@ engine and trainer asks for a few short responses of the present weights instead
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
 from functools import partial
-from typing import Any
 
 from rlhf.algorithms.masked import masked_sum
 from rlhf.data.collate import collate_rollouts
-from rlhf.roles import Ready, WeightReceipt
+from rlhf.roles import WeightReceipt
+from rlhf.stages.drawn_ahead import DrawnAhead
 from rlhf.stages.experience import staleness
 from rlhf.stages.online_draw import Draw, Drawing, begin, prompts_of, take
 from rlhf.stages.online_step import Training, check_agreement, going_on, make_step, steps
-from rlhf.types import Metrics, Rollout, Sampling
+from rlhf.types import Metrics, Sampling
 
 PROBES, PROBE_TOKENS = 8, 8
-CARRIED = [column.name for column in fields(Rollout) if column.name != "prompt"]
 
 
 def overlapped(training: Training) -> WeightReceipt:
@@ -44,9 +41,11 @@ def overlapped(training: Training) -> WeightReceipt:
     What was drawn for a step that the budget no longer allows, one step at most, still counts as spent.
     """
     roles, stage, context = training.roles, training.stage, training.context
-    with going_on(training) as going:
+    kept = DrawnAhead()
+    with going_on(training, kept) as going:
         receipt = training.publish(going.step)
-        ahead = _drawn_before(going.carried, training, going.step)
+        prompts = prompts_of(training.prompts, going.step, stage, context)
+        ahead = kept.taken_up(going.step, prompts, going.carried.get("ahead", ()))
         for step in steps(training, going.step):
             drawing = ahead or begin(roles, training.prompts, step.number, stage, context)
             drawn = take(drawing, roles, training.prompts, stage, context)
@@ -57,34 +56,11 @@ def overlapped(training: Training) -> WeightReceipt:
             ahead = begin(roles, training.prompts, step.number + 1, stage, context) if another else None
             gate = partial(_agreement, training, probing) if probing else None
             receipt = make_step(training, step, drawn, gate, ahead.wait if ahead else None)
-            going.done(receipt.version, partial(_carried, training, ahead))
+            kept.drawing = ahead
+            going.done(receipt.version, lambda: {"method": training.method.carry()})
         if ahead:
             context.tracker.spend(generated_tokens=ahead.tokens())
     return receipt
-
-
-def _carried(training: Training, ahead: Drawing | None) -> dict[str, Any]:
-    """Return what the method carries, and the rollouts of the next step, whose policy is gone by then."""
-    rollouts = ahead.rollouts if ahead else []
-    columns = [{name: getattr(rollout, name) for name in CARRIED} for rollout in rollouts]
-    return {"method": training.method.carry(), "ahead": columns}
-
-
-def _drawn_before(carried: Mapping[str, Any], training: Training, step: int) -> Drawing | None:
-    """Return the next step's rollouts as they were carried, if any were."""
-    columns = carried.get("ahead", [])
-    if not columns:
-        return None
-    prompts = prompts_of(training.prompts, step, training.stage, training.context)
-    samples = training.stage.samples_per_prompt
-    rollouts = [
-        Rollout(
-            prompts[row // samples],
-            **column | {"tokens": tuple(column["tokens"]), "logprobs": tuple(column["logprobs"])},
-        )
-        for row, column in enumerate(columns)
-    ]
-    return Drawing(step, Ready(rollouts))
 
 
 def _probe(training: Training, drawn: Draw, version: int) -> Drawing | None:

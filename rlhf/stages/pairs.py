@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rlhf.data.lazy import Lazy
-from rlhf.data.pairs import Pair, pair_sequences, read_pairs
+from rlhf.data.pairs import Pair, lazy_pairs, pair_sequences
 from rlhf.data.reading import each_preference, read_labelled
 from rlhf.data.rows import Message
 from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence
@@ -30,7 +30,7 @@ class PairSplit:
 
     train: Sequence[TokenPair]
     heldout: Sequence[TokenPair]
-    judged: list[Pair]
+    judged: Sequence[Pair]
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,12 @@ def load_examples(stage: KtoStage, context: StageContext, tokenizer: ChatTokeniz
     return ExampleSplit(train, heldout, len(rows[0]) == 2)
 
 
-def _annotated(data: StageData, context: StageContext) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs of an annotate stage: those to train on, and those held out."""
-    rows = read_pairs(context.outputs[data.stage] / "pairs.jsonl")
-    return [row for row in rows if not row.heldout], [row for row in rows if row.heldout]
+def _annotated(data: StageData, context: StageContext) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """Return the pairs of an annotate stage, read from its file as they are needed: to train on, and held out."""
+    rows = lazy_pairs(context.outputs[data.stage] / "pairs.jsonl")
+    heldout = [row.heldout for row in rows]
+    learned, judged = ([place for place, held in enumerate(heldout) if held is side] for side in (False, True))
+    return Picked(rows, learned), Picked(rows, judged)
 
 
 def _unpaired(pairs: Iterable[TokenPair]) -> list[LabelledSequence]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from rlhf.data.best import best_sequences, read_best
+from rlhf.data.best import best_sequences, each_best
 from rlhf.data.collate import collate
 from rlhf.data.reading import each_conversation
 from rlhf.data.sequences import TokenSequence
@@ -41,5 +41,5 @@ def _sequences(stage: SftStage, context: StageContext, tokenizer: ChatTokenizer)
         folder = context.outputs[stage.data.stage]
         if (folder / CHATS).is_file():
             return conversation_sequences(synthesized_conversations(folder), tokenizer, stage.max_length)
-        return best_sequences(read_best(folder / "best.jsonl"))
+        return stored(best_sequences(each_best(folder / "best.jsonl")))
     return stored(conversation_sequence(row, tokenizer, stage.max_length) for row in each_conversation(stage.data))

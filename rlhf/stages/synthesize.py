@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rlhf.data.reading import read_conversations, read_prompts
 from rlhf.data.rows import Conversation
-from rlhf.data.synthesized import Chat, Rejected, Turn, read_synthesized, write_synthesized
+from rlhf.data.synthesized import Chat, Rejected, Turn
 from rlhf.errors import DataError, TrainingError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
 from rlhf.rewards.skips import Skips
-from rlhf.roles import Pending, Ready, RewardSource, RolloutEngine
+from rlhf.roles import RewardSource, RolloutEngine
 from rlhf.stages.context import StageContext
-from rlhf.stages.instructions import (
-    Neighbour,
-    Pool,
-    answer_fault,
-    instruction_fault,
-    normalised,
-    parse_instructions,
-)
+from rlhf.stages.instructions import answer_fault, instruction_fault, normalised, parse_instructions
+from rlhf.stages.pool import Candidates, Neighbour
 from rlhf.stages.sft import Summary
+from rlhf.stages.written import Written
 from rlhf.types import Prompt, Rollout, Sampling
 
 MOST_REQUESTS, FEWEST_REQUESTS = 64, 4
@@ -70,58 +63,30 @@ class Draft:
         return f"new-{self.number}"
 
 
-class Made:
-    """What has been written so far; its state is the files that a later stage reads."""
-
-    def __init__(self) -> None:
-        self.chats: list[Chat] = []
-        self.rejected: list[Rejected] = []
-
-    def state_bytes(self) -> Pending[int]:
-        """Return about how many bytes they take."""
-        characters = sum(len(turn.content) for chat in self.chats for turn in chat.messages)
-        characters += sum(len(item.text) + len(item.instruction) for item in self.rejected)
-        return Ready(4 * characters + 500 * (len(self.chats) + len(self.rejected)))
-
-    def save_state(self, folder: Path) -> Pending[None]:
-        """Write `data.jsonl` and `rejected.jsonl`."""
-        write_synthesized(folder, self.chats, self.rejected)
-        return Ready(None)
-
-    def load_state(self, folder: Path) -> Pending[None]:
-        """Read them."""
-        self.chats, self.rejected = read_synthesized(folder)
-        return Ready(None)
-
-    def reasons(self) -> Counter[str]:
-        """Return how often each reason set something aside."""
-        return Counter(item.reason for item in self.rejected)
-
-
 def run(stage: SynthesizeStage, context: StageContext) -> Summary:
     """Write `data.jsonl` with `count` new chats, and `rejected.jsonl` with what was not good enough."""
     writer = Writer(stage, context)
-    made = Made()
+    made = Written(context.folder, stage.name, writer.seeds)
     context.tracker.begin("writing", 1)
-    with context.recovery.going_on([made]) as going:
+    with context.recovery.going_on([made.files]) as going:
+        made.begin(resumed=going.step > 0)
         turn, drawn, asked = going.step, going.carried.get("drawn", 0), going.carried.get("asked", 0)
-        while len(made.chats) < stage.count:
+        while len(made.own) < stage.count:
             if drawn >= writer.most:
-                made.save_state(context.folder)
                 raise TrainingError(_exhausted(stage, made, drawn))
             clock, before = time.perf_counter(), context.tracker.generated_tokens
-            requests = min(MOST_REQUESTS, max(FEWEST_REQUESTS, -(-2 * (stage.count - len(made.chats)) // TASKS)))
+            requests = min(MOST_REQUESTS, max(FEWEST_REQUESTS, -(-2 * (stage.count - len(made.own)) // TASKS)))
             drawn += writer.write(range(asked, asked + requests), drawn, made)
+            made.flush()
             turn, asked = turn + 1, asked + requests
             speed = (context.tracker.generated_tokens - before) / (time.perf_counter() - clock)
-            left = stage.count - len(made.chats)
-            context.tracker.expect(turn + -(-left * turn // max(1, len(made.chats))))
-            figures = {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected)}
+            left = stage.count - len(made.own)
+            context.tracker.expect(turn + -(-left * turn // max(1, len(made.own))))
+            figures = {"rows": len(made.own), "drawn": drawn, "rejected": made.reasons.total()}
             context.tracker.log(turn, {**figures, "tokens_per_second": speed})
-            going.done(turn, partial(dict, drawn=drawn, asked=asked))
-    made.save_state(context.folder)
-    reasons = {f"rejected, {reason}": count for reason, count in made.reasons().most_common()}
-    return {"rows": len(made.chats), "drawn": drawn, "rejected": len(made.rejected), **reasons}
+            going.done(turn, partial(dict, drawn=drawn, asked=asked), commit=True)
+    reasons = {f"rejected, {reason}": count for reason, count in made.reasons.most_common()}
+    return {"rows": len(made.own), "drawn": drawn, "rejected": made.reasons.total(), **reasons}
 
 
 class Writer:
@@ -138,31 +103,30 @@ class Writer:
         self.engine: RolloutEngine = context.launcher.rollout(context.rollout(stage.policy))
         self.judge: RewardSource | None = context.judge(stage.judge, self.tokenizer.pad_id) if stage.judge else None
 
-    def write(self, requests: Sequence[int], drawn: int, made: Made) -> int:
+    def write(self, requests: Sequence[int], drawn: int, made: Written) -> int:
         """Ask for lists, answer what passes up to the stage's `count`, sort it all into `made`, and return how many.
 
         `requests` are their numbers, and `drawn` instructions were written before.
         """
-        own = [(chat.id, chat.instruction) for chat in made.chats]
-        shown = [self._shown(number, own) for number in requests]
+        room = self.stage.count - len(made.own)
+        shown = [self._shown(number, made.own) for number in requests]
         prompts = [self._request(number, tasks) for number, tasks in zip(requests, shown, strict=True)]
-        there = (*self.seeds, *own)
-        pool = Pool(there)
+        pool = Candidates(made.pool)
         drafts: list[Draft] = []
         before = drawn
         for tasks, rollout in zip(shown, self._draw(prompts, "instruction", self.room), strict=True):
             examples = tuple(name for name, _ in tasks)
             for text in parse_instructions(rollout.text, rollout.finish_reason == "stop") or [""]:
-                if len(drafts) == self.stage.count - len(own) or drawn == self.most:
+                if len(drafts) == room or drawn == self.most:
                     break
                 drawn += 1
                 found = self._draft(drawn, text, examples, rollout, pool)
                 if isinstance(found, Rejected):
-                    made.rejected.append(found)
+                    made.reject(found)
                 else:
                     drafts.append(found)
                     pool.add(found.name, found.instruction)
-        self._answer(drafts, Pool(there), made)
+        self._answer(drafts, made)
         return drawn - before
 
     def _shown(self, number: int, own: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -195,21 +159,21 @@ class Writer:
         return tuple(asked), tuple(begun[:-1])
 
     def _draft(
-        self, number: int, text: str, examples: tuple[str, ...], rollout: Rollout, pool: Pool
+        self, number: int, text: str, examples: tuple[str, ...], rollout: Rollout, pool: Candidates
     ) -> Draft | Rejected:
         reason = instruction_fault(text, self.stage.min_words, self.stage.max_words)
         if reason is None and normalised(text) in self.compared:
             reason = "asked in a comparison"
         if reason is None and text in pool:
             reason = "repeat"
-        if reason is None and pool.nearest(text).similarity > self.stage.max_similarity:
+        if reason is None and pool.similarity(text) > self.stage.max_similarity:
             reason = "similar"
         if reason is None:
             return Draft(number, text, examples, rollout.seed)
         return Rejected(reason, text or rollout.text, text, examples, rollout.seed)
 
-    def _answer(self, drafts: Sequence[Draft], pool: Pool, made: Made) -> None:
-        """Have the instructions answered, and keep those whose answer is worth it; `pool` has what was kept before."""
+    def _answer(self, drafts: Sequence[Draft], made: Written) -> None:
+        """Have the instructions answered, and keep those whose answer is worth it."""
         prompts = [
             Prompt(draft.name, tuple(self.tokenizer.prompt_ids(_question(draft))), draft.instruction)
             for draft in drafts
@@ -227,15 +191,14 @@ class Writer:
                 answered.append((draft, rollout))
             else:
                 text = rollout.text if rollout else ""
-                made.rejected.append(Rejected(reason, text, draft.instruction, draft.examples, draft.seed))
+                made.reject(Rejected(reason, text, draft.instruction, draft.examples, draft.seed))
         scores = self._scores([rollout for _, rollout in answered])
         for (draft, rollout), score in zip(answered, scores, strict=True):
             if score is None or score >= self.stage.min_score:
-                made.chats.append(_chat(draft, rollout, pool.nearest(draft.instruction), score))
-                pool.add(draft.name, draft.instruction)
+                made.keep(_chat(draft, rollout, made.pool.nearest(draft.instruction), score))
             else:
                 low = Rejected("answer: low score", rollout.text, draft.instruction, draft.examples, draft.seed)
-                made.rejected.append(low)
+                made.reject(low)
 
     def _scores(self, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
         if self.judge is None or not rollouts:
@@ -285,11 +248,11 @@ def _chat(draft: Draft, rollout: Rollout, near: Neighbour, score: float | None) 
     )
 
 
-def _exhausted(stage: SynthesizeStage, made: Made, drawn: int) -> str:
-    reasons = made.reasons().most_common()
+def _exhausted(stage: SynthesizeStage, made: Written, drawn: int) -> str:
+    reasons = made.reasons.most_common()
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
     remedy = next((ADVICE[reason] for reason, _ in reasons if reason in ADVICE), "look at rejected.jsonl")
     return (
-        f"only {len(made.chats)} of {stage.count} chats after {drawn} drawn instructions (max_attempts"
+        f"only {len(made.own)} of {stage.count} chats after {drawn} drawn instructions (max_attempts"
         f" {stage.max_attempts}): set aside {counts}; {remedy}, or lower count"
     )

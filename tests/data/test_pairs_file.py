@@ -1,10 +1,11 @@
 """Stage-written pairs survive the trip through a file bit by bit."""
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 
-from rlhf.data.pairs import Pair, pair_sequences, read_pairs, write_pairs
+from rlhf.data.pairs import Pair, each_pair, lazy_pairs, pair_sequences, read_pairs, write_pairs
 from rlhf.errors import DataError
 
 PAIR = Pair(
@@ -30,6 +31,29 @@ def test_round_trip_is_exact(tmp_path):
     first = (tmp_path / "pairs.jsonl").read_bytes()
     write_pairs(tmp_path / "pairs.jsonl", read_pairs(tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_bytes() == first
+
+
+def test_pairs_read_as_they_are_asked_for_are_those_of_the_whole_file(tmp_path):
+    path, pairs = tmp_path / "pairs.jsonl", [replace(PAIR, prompt_id=f"{n}", chosen="\u00e9" * n) for n in range(9)]
+    write_pairs(path, pairs)
+    lazy = lazy_pairs(path)
+    assert [lazy[place] for place in (8, 0, 4)] == [pairs[8], pairs[0], pairs[4]]
+    assert list(lazy) == lazy[:] == list(each_pair(path)) == pairs
+    path.write_text(path.read_text(encoding="utf-8").replace('"prompt_id": "3"', '"prompt_id": 33'), encoding="utf-8")
+    damaged = lazy_pairs(path)
+    assert damaged[2] == pairs[2]
+    with pytest.raises(DataError, match=r"pairs.jsonl:4: prompt_id: Input should be a valid string"):
+        _ = damaged[3]
+
+
+def test_pairs_that_are_not_asked_for_take_no_memory(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, (replace(PAIR, chosen_tokens=tuple(range(1000, 3000))) for _ in range(400)))
+    tracemalloc.start()
+    sequences = pair_sequences(lazy_pairs(path))
+    assert sum(len(pair.chosen.tokens) for pair in sequences) == 400 * 2002
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000 < path.stat().st_size
+    tracemalloc.stop()
 
 
 def test_a_score_that_is_not_finite_is_never_written(tmp_path):

@@ -71,7 +71,7 @@ def gone(pid: int) -> bool:
 def failure(path: str, response: str, timeout_s: float = 5.0, prompt: Prompt = PROMPT) -> str:
     """Return what is said, once it is sure that the process is gone and the next call works."""
     reward = FunctionReward(path, timeout_s)
-    process = reward.process.process
+    process = reward.processes[0].process
     with pytest.raises(TrainingError) as error:
         reward.score_texts([prompt], [response])
     if "raised" not in str(error.value):
@@ -111,8 +111,8 @@ def test_what_it_prints_goes_to_the_log_and_never_into_the_scores(path, caplog):
     with caplog.at_level(logging.INFO, logger="rlhf"):
         reward = FunctionReward(path)
         assert reward.score_texts([PROMPT] * 3, ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
-        reward.process.end()
-        reward.process.printing.join(20)
+        reward.processes[0].end()
+        reward.processes[0].printing.join(20)
     said = [record.getMessage() for record in caplog.records]
     assert said == ["mine.py: noise { a", "mine.py: more noisenoise { bb", "mine.py: more noisenoise { ccc",
                     "mine.py: more noise"]  # fmt: skip
@@ -146,7 +146,7 @@ def test_it_dies_with_the_parent_however_that_ends(path, tmp_path):
         "rewards = {name: FunctionReward(sys.argv[1]) for name in ('regex', 'children')}\n"
         "prompt = Prompt('1', (1,), sys.argv[2])\n"
         "waits = [r.score([Rollout(prompt, (1,), (0.0,), name, 'stop', 0, 0)]) for name, r in rewards.items()]\n"
-        "print(*(reward.process.process.pid for reward in rewards.values()), flush=True)\n"
+        "print(*(reward.processes[0].process.pid for reward in rewards.values()), flush=True)\n"
         "waits[0].result()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, path, str(tmp_path / "pid")], stdout=subprocess.PIPE)
@@ -160,7 +160,7 @@ def test_it_dies_with_the_parent_however_that_ends(path, tmp_path):
 
 def test_it_ends_when_nobody_holds_it_any_more(path):
     reward = FunctionReward(path)
-    pid = reward.process.process.pid
+    pid = reward.processes[0].process.pid
     del reward
     assert gone(pid)
 
@@ -209,15 +209,36 @@ def test_a_module_of_ours_beside_it_hides_none_of_the_standard_library(tmp_path)
     [
         ("import os\nos._exit(9)\n", ":1: cannot be imported: it ended its process with exit code 9"),
         ("x = 1\nraise SystemExit(2)\n", ":2: cannot be imported: SystemExit: 2"),
-        ("import time\ntime.sleep(60)\n", ":2: is still being imported after 0.5 s"),
+        (
+            "import time\ntime.sleep(60)\n",
+            ":2: is still being imported after 0.5 s; raise load_timeout_s of the"
+            " function judge, or load less at import",
+        ),
     ],
 )
-def test_an_import_that_does_not_come_back_is_a_recipe_error(tmp_path, monkeypatch, source, message):
-    monkeypatch.setattr(function_process, "LOADING_S", 0.5)
+def test_an_import_that_does_not_come_back_is_a_recipe_error(tmp_path, source, message):
     (tmp_path / "bad.py").write_text(source)
     with pytest.raises(RecipeError) as error:
-        FunctionReward(f"{tmp_path}/bad.py:f")
+        FunctionReward(f"{tmp_path}/bad.py:f", load_timeout_s=0.5 if "sleep" in source else 60.0)
     assert str(error.value) == f"{tmp_path}/bad.py{message}"
+
+
+def test_people_are_told_that_an_import_takes_long(tmp_path, monkeypatch, caplog):
+    """The file waits until that has been said."""
+    monkeypatch.setattr(function_process, "NOTICE_S", 0.01)
+    (tmp_path / "slow.py").write_text(
+        f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'said')!r}).exists():\n    time.sleep(0.01)\n"
+        "def f(p, r, m):\n    return 1\n"
+    )
+
+    def said(record):
+        (tmp_path / "said").touch()
+        return True
+
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        caplog.handler.addFilter(said)
+        assert FunctionReward(f"{tmp_path}/slow.py:f", load_timeout_s=60).score_texts([PROMPT], [""]) == [1.0]
+    assert "slow.py is still being imported after 0 s (load_timeout_s 60)" in caplog.messages[0]
 
 
 def test_a_recipes_functions_are_looked_at_before_anything_is_computed(tmp_path, path):
@@ -237,6 +258,6 @@ def test_starting_is_cheap(path):
     for _ in range(5):
         start = time.process_time(), os.times().children_user
         reward = FunctionReward(path)
-        reward.process.end()
+        reward.processes[0].end()
         seconds.append(time.process_time() - start[0] + os.times().children_user - start[1])
     assert min(seconds) < 0.25

@@ -3,7 +3,6 @@
 import pytest
 
 from rlhf.stages.instructions import (
-    Pool,
     answer_fault,
     circles,
     instruction_fault,
@@ -79,16 +78,6 @@ def test_similarity_is_rouge_l():
         precision, recall = lcs(one, other) / len(other), lcs(one, other) / len(one)
         f1 = 2 * precision * recall / (precision + recall) if precision else 0.0
         assert rouge_l(one, other) == pytest.approx(f1)
-
-
-def test_a_pool_knows_its_nearest_and_its_equals():
-    pool = Pool([("a", "Write a poem about rain."), ("b", "Name three rivers.")])
-    pool.add("c", "Name three lakes.")
-    near = pool.nearest("Name four rivers")
-    assert (near.name, near.similarity) == ("b", pytest.approx(2 / 3))
-    assert pool.nearest("Name three seas").name == "b"  # the first of equals
-    assert "NAME three rivers!" in pool
-    assert "Name three" not in pool
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """The reference's logprobs from the cache: the same bits without a pass, and a pass for anything that changes them."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from annotate_made import Flushes, Killed
 from online_made import context_of, stage_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -13,11 +17,13 @@ from transformers import AutoModelForCausalLM
 import rlhf.stages.reference_cache as cache
 from rlhf.data.sequences import TokenSequence, answered
 from rlhf.engines.base import LearnerSpec
+from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.local import LocalModel
 from rlhf.models.tiny import build_tiny
 from rlhf.recipe.base import Optimizer
 from rlhf.recipe.tuning_schema import Full, Lora
 from rlhf.roles import Ready
+from rlhf.stage_progress import read_progress
 from rlhf.stages.reference_cache import reference_sums, response_sums
 from rlhf.types import TokenScores
 
@@ -33,10 +39,12 @@ class Asked:
     """A model that counts what it is asked."""
 
     model: LocalModel
+    during: Callable[["Asked"], None]
     rows: list[int] = field(default_factory=list)
 
     def logprobs(self, batch):
         self.rows.append(len(batch))
+        self.during(self)
         return self.model.logprobs(batch)
 
 
@@ -47,13 +55,19 @@ class Bench:
     spec: LearnerSpec
     folder: Path
     said: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    during: Callable[[Asked], None] = lambda asked: None
 
     def sums(self, groups=GROUPS, **changes):
         """Return the sums and the rows of each pass, in a run of its own."""
         spec = replace(self.spec, **changes)
-        context, model = context_of(stage_of("grpo"), self.folder), Asked(LocalModel(spec))
+        context, model = context_of(stage_of("grpo"), self.folder), Asked(LocalModel(spec), self.during)
         context.tracker.say = self.said.append
-        return reference_sums(model, spec, groups, 0, context), model.rows
+        context.recovery.interrupts = self.interrupts
+        found = reference_sums(model, spec, groups, 0, context)
+        self.steps.append(context.tracker.step)
+        return found, model.rows
 
     def files(self):
         return sorted(path for path in (self.folder / "cache").rglob("*") if path.is_file())
@@ -207,6 +221,77 @@ def test_sums_that_are_not_finite_are_not_kept(bench):
     context = context_of(stage_of("grpo"), bench.folder)
     reference_sums(Broken(), bench.spec, GROUPS, 0, context)
     assert bench.files() == []
+
+
+def test_parts_are_bounded_by_tokens_too_and_pairs_stay_together(bench, monkeypatch):
+    sides = [answered((5, 6), (9,) * length) for length in (1, 1, 8, 8, 2, 2, 2, 2, 40, 1, 1)]
+    for limit, parts in ((10**6, [11]), (20, [2, 2, 4, 2, 1]), (27, [4, 4, 2, 1]), (1, [2, 2, 2, 2, 2, 1])):
+        monkeypatch.setattr(cache, "PART_TOKENS", limit)
+        monkeypatch.setenv("RLHF_CACHE", str(bench.folder / f"cache-{limit}"))
+        assert bench.sums([sides])[1] == parts
+        assert bench.sums([sides], ranks=1)[1] == []
+
+
+def test_longer_data_with_the_same_beginning_asks_for_what_is_new(bench, monkeypatch):
+    monkeypatch.setattr(cache, "PART", 2)
+    rows = [answered((5, 6), (9, n)) for n in range(10, 20)]
+    short, passes = bench.sums([rows[:7]])
+    assert passes == [2, 2, 2, 1]
+    longer, passes = bench.sums([rows])
+    assert passes == [2, 2]  # the half part and what follows it
+    assert longer[0][:6] == short[0][:6]
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_an_interrupt_ends_after_a_part_which_the_next_run_does_not_ask_again(bench, monkeypatch, number):
+    monkeypatch.setattr(cache, "PART", 2)
+    rows = [answered((5, 6), (9, n)) for n in range(10, 20)]
+    monkeypatch.setenv("RLHF_CACHE", str(bench.folder / "through"))
+    through, _ = bench.sums([rows])
+    monkeypatch.setenv("RLHF_CACHE", str(bench.folder / "cache"))
+
+    def signalled(asked):
+        if len(asked.rows) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    bench.during = signalled
+    with Interrupts() as bench.interrupts, pytest.raises(Interrupted) as stop:
+        bench.sums([rows])
+    assert (stop.value.exit_code, str(stop.value)) == (
+        143,
+        f"after part {number} of 5 of the reference's logprobs, which are kept",
+    )
+    assert len(bench.files()) == number
+    bench.during, bench.interrupts = lambda asked: None, Interrupts()
+    assert bench.sums([rows]) == (through, [2] * (5 - number))
+
+
+def test_a_death_at_every_flush_costs_one_part_at_most(bench, monkeypatch):
+    monkeypatch.setattr(cache, "PART", 2)
+    rows = [answered((5, 6), (9, n)) for n in range(10, 16)]
+    monkeypatch.setenv("RLHF_CACHE", str(bench.folder / "through"))
+    flushes = Flushes()
+    with flushes.counted():
+        through, passes = bench.sums([rows])
+    assert flushes.count == 2 * len(passes) == 6  # the file, and its name in the folder
+    for after in (False, True):
+        for fatal in range(1, 7):
+            root = bench.folder / f"{after}-{fatal}"
+            monkeypatch.setenv("RLHF_CACHE", str(root))
+            with Flushes(fatal, after).counted(), pytest.raises(Killed):
+                bench.sums([rows])
+            made = len(list((root / "reference").glob("[!.]*")))
+            assert made >= (fatal - 1) // 2
+            again, passes = bench.sums([rows])
+            assert (again, len(passes)) == (through, 3 - made)
+
+
+def test_the_parts_are_shown_and_leave_no_step_behind(bench, monkeypatch):
+    monkeypatch.setattr(cache, "PART", 2)
+    bench.sums()
+    progress = read_progress(bench.folder)
+    assert (progress.label, progress.step, progress.total) == ("reference logprobs", 3, 3)
+    assert bench.steps == [0]
 
 
 def test_many_responses_are_asked_in_parts(bench, monkeypatch):

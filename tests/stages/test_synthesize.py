@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from annotate_made import Flushes, Killed
 from click.testing import CliRunner, Result
 
 from rlhf.cli import main
@@ -210,6 +211,25 @@ def test_a_stopped_stage_goes_on_to_the_same_chats(folder, scripted):
     assert "request-0" not in scripted.asked
     for name in ("data.jsonl", "rejected.jsonl"):
         assert (folder / "out" / "stages" / "more" / name).read_bytes() == (through / name).read_bytes()
+
+
+def test_a_death_at_a_flush_costs_a_turn_and_no_row(folder, scripted):
+    sets = ("stages.more.count=6",)
+    flushes = Flushes()
+    with flushes.counted():
+        assert run(folder, *sets, name="through").exit_code == 0
+    through = folder / "through" / "stages" / "more"
+    turns = len((through / "metrics.jsonl").read_text().splitlines())
+    assert turns >= 2
+    for fatal in range(1, flushes.count, 4):
+        dying = Flushes(fatal)
+        with dying.counted(), pytest.raises(Killed):
+            run(folder, *sets, name=f"out-{fatal}")
+        more = folder / f"out-{fatal}" / "stages" / "more"
+        dying.lose_power(more / "data.jsonl", more / "rejected.jsonl")
+        assert run(folder, *sets, name=f"out-{fatal}").exit_code == 0
+        for name in ("data.jsonl", "rejected.jsonl"):
+            assert (more / name).read_bytes() == (through / name).read_bytes()
 
 
 def test_the_smoke_recipe_writes_and_trains_on_it(tmp_path):
