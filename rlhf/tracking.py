@@ -19,8 +19,8 @@ from rlhf.sinks.base import Sink
 from rlhf.stage_progress import PROGRESS, StageProgress
 
 MARK = ("step", "offset", "rows", "seconds", "gradient_tokens", "generated_tokens")
-PARENTS = 2
-"""Folders above a stage's own that a run makes: their entries are flushed with the first mark."""
+PARENTS = 4
+"""Folders above a stage's own that a run may have made, or named something in: flushed once, where that is allowed."""
 
 
 class Tracker:
@@ -72,9 +72,12 @@ class Tracker:
         for path in sorted(self.unflushed):
             with failures_told(path, "cannot be flushed"), suppress(FileNotFoundError), path.open("rb") as file:
                 os.fsync(file.fileno())
-        folders = {self.folder, *(path.parent for path in self.unflushed), *self.parents}
+        folders = {self.folder, *(path.parent for path in self.unflushed)}
         with failures_told(self.folder, "cannot be flushed"):
             for folder in sorted(filter(Path.is_dir, folders), reverse=True):
+                flush_folder(folder)
+        for folder in self.parents:
+            with suppress(OSError):
                 flush_folder(folder)
         self.unflushed.clear()
         self.parents.clear()

@@ -83,6 +83,18 @@ def test_an_interrupted_run_goes_on(stopped):
     assert not state.exists()
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("tail", [b"", b'{"step": 2, "lo', bytes(64)])
+def test_rows_of_metrics_that_a_power_loss_took_are_counted_and_the_run_goes_on(stopped, kept, tail):
+    file = stopped / "out" / "stages" / "sft" / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:kept]) + tail)
+    result = run(stopped)
+    assert result.exit_code == 0, result.stderr
+    assert f"sft goes on without {3 - kept} of its earlier rows" in result.stdout
+    assert steps(stopped) == [*range(1, kept + 1), *range(4, 9)]
+
+
 def test_other_settings_are_shown_and_refused_until_the_stage_is_restarted(stopped):
     result = run(stopped, "--set", "stages.sft.epochs=3", "--set", "seed=5")
     assert result.exit_code == 2

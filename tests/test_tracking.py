@@ -202,7 +202,7 @@ def test_all_that_a_state_refers_to_is_flushed_with_its_mark_and_no_step_before(
         tracker.wrote(tmp_path / "removed meanwhile")
     assert flushed == []
     tracker.mark()
-    assert set(flushed) == {tracker.path, sample, sample.parent, tmp_path, tmp_path.parent, tmp_path.parents[1]}
+    assert set(flushed) == {tracker.path, sample, sample.parent, tmp_path, *tmp_path.parents[:4]}
     assert flushed.index(sample) < flushed.index(sample.parent) < flushed.index(tmp_path)
     flushed.clear()
     tracker.mark()

@@ -113,7 +113,8 @@ class Disk:
         new = path.read_bytes() if path is not None else old
         if new == old:
             return old
-        sure = len(os.path.commonprefix([old, new]))
+        different = (place for place, (before, after) in enumerate(zip(old, new, strict=False)) if before != after)
+        sure = len(old) if new.startswith(old) else next(different, min(len(old), len(new)))
         cut = self.rng.randrange(sure, len(new) + 1)
         kind = self.rng.choice(("old", "cut", "zeros", "new"))
         content = {"old": old, "cut": new[:cut], "zeros": new[:cut] + bytes(len(new) - cut), "new": new}[kind]
