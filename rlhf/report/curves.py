@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from rlhf.errors import DataError
+from rlhf.stage_places import stage_folders
 
 Curve = list[dict[str, float]]
 
@@ -17,7 +18,8 @@ def read_curves(run_folder: Path) -> dict[str, Curve]:
     redone after a resume counts once. A torn last line (the process died while writing) is left out; any other
     malformed line raises DataError.
     """
-    curves = {path.parent.name: read_curve(path) for path in sorted(run_folder.glob("stages/*/metrics.jsonl"))}
+    files = {folder.name: folder / "metrics.jsonl" for folder in stage_folders(run_folder)}
+    curves = {name: read_curve(file) for name, file in files.items() if file.is_file()}
     started = {name: min((row.get("time", 0.0) for row in rows), default=0.0) for name, rows in curves.items()}
     return {name: curves[name] for name in sorted(curves, key=lambda name: started[name]) if curves[name]}
 

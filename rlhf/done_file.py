@@ -1,0 +1,108 @@
+"""`done.json` says that a stage is finished: its key, what it was made from, and the hashes of what it left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import DataError, ResourceError
+from rlhf.manifest import SEALED, broken, flush_folder, shown
+from rlhf.stage_places import DAMAGED, SHORT, STAGES, stage_of
+
+CHECKSUM = "sha256"
+FILES = "results"
+"""The key of `done.json` that holds the digests of single files by name; older versions called it `pairs`."""
+
+RESULTS = (
+    "pairs.jsonl", "best.jsonl", "data.jsonl", "rejected.jsonl", "evaluation.json", "report.json", "report.html",
+    "leaderboard.csv",
+)  # fmt: skip
+"""Files beside the model that later stages, the reports and people read."""
+
+
+class Damaged(DataError):
+    """A finished stage is not as it was made; the message names the file and the remedy."""
+
+
+def damaged(folder: Path, wrong: str, key: str | None = None) -> Damaged:
+    """Return the error that every command gives of a finished stage in which something is wrong.
+
+    `key` is the stage's, None where it cannot be read.
+    """
+    name = stage_of(folder)
+    aside = f"{name}.{key[:SHORT] if key else DAMAGED}"
+    return Damaged(
+        f"{shown(str(folder))} is damaged ({wrong}); put the file back, or make the stage again with"
+        f" `rlhf run RECIPE --restart {name}`, which keeps what is there as {STAGES}/{aside}"
+    )
+
+
+def write_done(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a `done.json` with its own checksum: it is there whole and on disk, or not at all."""
+    body = json.loads(json.dumps(dict(content)))
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(json.dumps(body | {CHECKSUM: _digest(body)}, indent=2) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(file)
+    flush_folder(file.parent)
+
+
+def read_done(file: Path) -> dict[str, Any]:
+    """Return what a `done.json` says; Damaged where it is not as it was written."""
+    try:
+        done = json.loads(file.read_bytes())
+        body = {name: value for name, value in done.items() if name != CHECKSUM}
+        intact = done.get(CHECKSUM) in (None, _digest(body))  # older versions wrote none
+        if intact and isinstance(done["key"], str) and isinstance(done["content"]["stage"]["kind"], str):
+            return body
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise damaged(file.parent, f"{file.name}: truncated or changed")
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Flush the single files that a stage left and return their sha256 by name."""
+    return {name: _file_digest(folder / name, flush=True) for name in RESULTS if (folder / name).is_file()}
+
+
+def damage(folder: Path, done: Mapping[str, Any]) -> list[str]:
+    """Return in words what in a finished stage differs from what its `done.json` says; other files do not matter."""
+    seals = {name: done[key] for name, key in SEALED.items() if done.get(key)}
+    found = [f"{name}/{line}" for name, files in seals.items() for line in broken(folder / name, files)]
+    for name, digest in (done.get(FILES) or done.get("pairs") or {}).items():
+        file = folder / name
+        if not file.is_file():
+            found.append(f"{shown(name)}: missing")
+        elif _file_digest(file) != digest:
+            found.append(f"{shown(name)}: changed")
+    return found
+
+
+def _file_digest(path: Path, flush: bool = False) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if flush:
+                os.fsync(file.fileno())
+            return digest
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError | ResourceError:
+    """Return the error for what may be whole and only cannot be read now, and that for what is no file at all."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return damaged(path.parent, f"{path.name}: {(error.strerror or 'unreadable').lower()}")
+    return ResourceError(f"{path}: cannot be read: {error.strerror}; mend that and run again, nothing is lost")
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
