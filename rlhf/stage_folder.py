@@ -26,6 +26,7 @@ from rlhf.stage_places import (
     new_place,
     place_of_work,
     remove_kept,
+    remove_leftovers,
     rename,
     set_aside,
 )
@@ -99,6 +100,9 @@ class StageFolder:
                 rename(self.whole, self.folder)
                 say(f"{self.name}: {self.whole.name}, made with these settings before, is taken back")
             self._remove_states(self.folder)
+            begun = new_place(self.folder)
+            if begun.is_dir() and not checkpoint.states(begun / STATES):  # of a process that saved nothing
+                shutil.rmtree(begun)
             self._bound(keep_old, say)
 
     def prepare(self) -> None:
@@ -235,8 +239,9 @@ class StageFolder:
 
     def _bound(self, keep_old: int, say: Callable[[str], None]) -> None:
         """Remove the oldest of what was replaced, and say once what is kept, and how large it is."""
+        remove_leftovers(self.folder)
         kept = kept_folders(self.folder)
-        stale = kept[: len(kept) - keep_old] if keep_old else kept
+        stale = kept[: max(0, len(kept) - keep_old)]
         for folder in stale:
             size = folder_bytes(folder) / MIB
             say(f"{self.name}: {shown(folder.name)} ({size:,.1f} MiB) is removed, as recovery.keep_old is {keep_old}")

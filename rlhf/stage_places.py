@@ -80,6 +80,13 @@ def remove_kept(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what is left of kept folders of the stage whose removal was interrupted."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        if path != new_place(folder):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def rename(source: Path, target: Path) -> None:
     """Rename a folder, and make that and earlier renames beside it durable."""
     source.rename(target)
