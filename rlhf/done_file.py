@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import QUARANTINE
 from rlhf.errors import DataError, ResourceError
 from rlhf.manifest import SEALED, broken, flush_folder, shown
 from rlhf.stage_places import DAMAGED, SHORT, STAGES, stage_of
@@ -16,6 +17,9 @@ from rlhf.stage_places import DAMAGED, SHORT, STAGES, stage_of
 CHECKSUM = "sha256"
 FILES = "results"
 """The key of `done.json` that holds the digests of single files by name; older versions called it `pairs`."""
+
+CHECKPOINTS = "checkpoints"
+"""The folder of models that a stage saved on its way, and the key of `done.json` that holds their files' sizes."""
 
 RESULTS = (
     "pairs.jsonl", "best.jsonl", "data.jsonl", "rejected.jsonl", "evaluation.json", "report.json", "report.html",
@@ -73,6 +77,25 @@ def file_digests(folder: Path) -> dict[str, str]:
     return {name: _file_digest(folder / name, flush=True) for name in RESULTS if (folder / name).is_file()}
 
 
+def checkpoint_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of each file of the checkpoints that a stage saved on its way; hashes would take long."""
+    root = folder / CHECKPOINTS
+    files = sorted(path for path in root.glob("step-*/**/*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
+
+
+def quarantine_checkpoints(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Rename the checkpoints of an unfinished stage that are not as large as they were, and return them in words."""
+    found = []
+    for name in dict.fromkeys(name.partition("/")[0] for name in sizes):
+        root = folder / CHECKPOINTS
+        mine = {file: size for file, size in sizes.items() if file.startswith(f"{name}/")}
+        if wrong := list(_damaged_checkpoints(root, mine)):
+            (root / name).rename(root / f"{QUARANTINE}{name}")
+            found.append(f"{wrong[0].partition(';')[0]}; it is now {QUARANTINE}{name}, and a comparison lacks it")
+    return found
+
+
 def damage(folder: Path, done: Mapping[str, Any]) -> list[str]:
     """Return in words what in a finished stage differs from what its `done.json` says; other files do not matter."""
     seals = {name: done[key] for name, key in SEALED.items() if done.get(key)}
@@ -83,7 +106,17 @@ def damage(folder: Path, done: Mapping[str, Any]) -> list[str]:
             found.append(f"{shown(name)}: missing")
         elif _file_digest(file) != digest:
             found.append(f"{shown(name)}: changed")
-    return found
+    return found + list(_damaged_checkpoints(folder / CHECKPOINTS, done.get(CHECKPOINTS) or {}))
+
+
+def _damaged_checkpoints(root: Path, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield what is wrong with checkpoints; one that was removed as a whole, to save space, is not missed."""
+    for name, size in sizes.items():
+        step, file = name.partition("/")[0], root / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size and (root / step).is_dir():
+            wrong = "missing" if found is None else f"{found} of {size} bytes"
+            yield f"{CHECKPOINTS}/{shown(name)}: {wrong}; {CHECKPOINTS}/{shown(step)} as a whole can be removed"
 
 
 def _file_digest(path: Path, flush: bool = False) -> str:

@@ -13,7 +13,18 @@ from typing import Any
 from rlhf import checkpoint
 from rlhf.checkpoint import QUARANTINE
 from rlhf.disk import failures_told
-from rlhf.done_file import FILES, Damaged, damage, damaged, file_digests, read_done, write_done
+from rlhf.done_file import (
+    CHECKPOINTS,
+    FILES,
+    Damaged,
+    checkpoint_sizes,
+    damage,
+    damaged,
+    file_digests,
+    quarantine_checkpoints,
+    read_done,
+    write_done,
+)
 from rlhf.errors import RecipeError
 from rlhf.fingerprint import completed, content_key, differences
 from rlhf.manifest import SEALED, shown
@@ -110,6 +121,9 @@ class StageFolder:
         if self.why:
             log.warning("stage %s runs again: %s", self.name, self.why)
         if self.resumes:
+            saved = self._saved()
+            for line in quarantine_checkpoints(self.place, saved.info.get(CHECKPOINTS, {}) if saved else {}):
+                log.warning("stage %s: %s", self.name, line)
             return
         with failures_told(self.folder, f"stage {self.name} cannot begin"):
             place = self.place
@@ -135,6 +149,7 @@ class StageFolder:
                 "made_from": made_from,
                 **{key: _sealed(place / name) for name, key in SEALED.items()},
                 FILES: file_digests(place),
+                CHECKPOINTS: checkpoint_sizes(place),
             }
             write_done(place / DONE, done)
             self._remove_states(place)

@@ -294,3 +294,18 @@ def test_names(tmp_path):
 
 def names_of(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_that_is_cut_is_damage_and_one_that_is_gone_is_not(tmp_path):
+    found = opened(tmp_path)
+    found.prepare()
+    for step in (1, 2):
+        (found.place / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (found.place / "checkpoints" / f"step-{step}" / "weights").write_text("long")
+    fill(found, 0.1)
+    found.finish({}, COST, {}, 1, print)
+    os.truncate(tmp_path / "stages" / "sft" / "checkpoints" / "step-2" / "weights", 2)
+    with pytest.raises(Damaged, match=r"step-2/weights: 2 of 4 bytes; checkpoints/step-2 as a whole can be removed"):
+        opened(tmp_path)
+    shutil.rmtree(tmp_path / "stages" / "sft" / "checkpoints" / "step-2")
+    assert make(tmp_path) == ["reused"]
