@@ -78,7 +78,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of each file of the checkpoints that a stage saved on its way; hashes would take long."""
+    """Return the size in bytes of each file of a stage's intermediate checkpoints; hashes would take long."""
     root = folder / CHECKPOINTS
     files = sorted(path for path in root.glob("step-*/**/*") if path.is_file())
     return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}

@@ -30,9 +30,9 @@ RESULTS = {
 """A number for each kind of stage, part of its key.
 
 Raise it when the same settings, data and upstream stages give other results than before, beyond rounding: another loss
-or estimate, another order or seed, another rendering of text, another default of a setting. Then finished stages of that
-kind, and all that follow from them, are made again. A faster way to the same result, a new setting whose default is how
-it was, or a new version leave it alone.
+or estimate, another order or seed, another rendering of text, another default of a setting. Then finished stages of
+that kind, and all that follow from them, are made again. A faster way to the same result, a new setting whose default
+is how it was, or a new version leave it alone.
 """
 
 VERSION = "version"

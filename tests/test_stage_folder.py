@@ -218,7 +218,9 @@ def test_a_stage_of_a_version_that_knew_fewer_settings_is_reused(tmp_path):
     new = content() | {"stage": {"kind": "sft", "rate": 0.1, "younger": 3, "nested": {"a": 1}}}
 
     def found(lean: dict[str, Any]) -> StageFolder:
-        stage = StageFolder(tmp_path / "stages" / "sft", new, content() | {"stage": {"kind": "sft", "rate": 0.1, **lean}})
+        stage = StageFolder(
+            tmp_path / "stages" / "sft", new, content() | {"stage": {"kind": "sft", "rate": 0.1, **lean}}
+        )
         stage.check()
         return stage
 

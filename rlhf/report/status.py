@@ -179,7 +179,13 @@ def _done(place: Path, sources: Mapping[str, str | None]) -> dict[str, Any] | No
 
 
 def _stage(
-    name: str, place: Path, kind: str, done: Mapping[str, Any] | None, first: bool, alive: bool, record: RunRecord | None
+    name: str,
+    place: Path,
+    kind: str,
+    done: Mapping[str, Any] | None,
+    first: bool,
+    alive: bool,
+    record: RunRecord | None,
 ) -> StageStatus:
     if not place.is_dir() or (done is None and (not first or os.path.lexists(place / DONE))):
         return StageStatus(name, kind, "waiting")

@@ -36,7 +36,7 @@ CHANGES = (
     "stages.pairs.max_response_tokens=6", "stages.dpo.beta=0.3", "stages.dpo.seed=4", "stages.dpo.batch_size=4",
 )  # fmt: skip
 REFUSALS = (
-    ("--set", "stages.sft.batch_sise=3"), ("--set", "stages.dpo.policy=stf"), ("--set", "stages.sft.data.path=no.jsonl"),
+    ("--set", "stages.sft.batch_sise=3"), ("--set", "stages.dpo.policy=stf"), ("--set", "stages.sft.data.path=no"),
     ("--set", "stages.pairs.max_prompt_tokens=1000000"), ("--restart", "nope"),
 )  # fmt: skip
 REMEDY = re.compile(r"--restart ([a-z]+)")
@@ -49,6 +49,7 @@ Stages = dict[str, dict[str, str]]
 def run(count: int, rng: random.Random) -> Row:
     """Make `count` runs in one folder, then one that nothing disturbs."""
     seen: Counter[str] = Counter()
+    blocking = ""
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name, in_this_process():
         folder = Path(name) / "run"
         write_recipe(folder.parent)
@@ -61,11 +62,11 @@ def run(count: int, rng: random.Random) -> Row:
         for number in range(count):
             fault = FAULTY[number % len(FAULTY)]
             options = [item for change in rng.sample(CHANGES, rng.randrange(3)) for item in ("--set", change)]
-            if seen["in the way"]:  # an interrupted stage with other settings: begun again, or refused once more
+            if blocking:  # an interrupted stage with other settings: begun again, or refused once more
                 options += ["--restart", blocking] if rng.random() < 0.8 else []
             ended = fault(folder, [*KEEP, *options], rng)
             blocked = REMEDY.search(ended.said) if ended.code == 2 else None
-            seen["in the way"], blocking = int(blocked is not None), blocked[1] if blocked else ""
+            blocking = blocked[1] if blocked else ""
             wrong = compare(known, found := finished(folder))
             wrong += [] if ended.clean else ["tracebacks"]
             wrong += [] if ended.code in (0, 2, 3, 4, 5, 130, 143, DIED) else ["wrong ends"]
@@ -86,7 +87,9 @@ def run(count: int, rng: random.Random) -> Row:
     )
 
 
-ENDS = {0: "done", 2: "refused", 3: "failed", 4: "failed", 5: "failed", 130: "interrupted", 143: "interrupted", DIED: "killed"}
+ENDS = {0: "done", 2: "refused", 130: "interrupted", 143: "interrupted", DIED: "killed"} | dict.fromkeys(
+    (3, 4, 5), "failed"
+)
 
 
 def finished(folder: Path) -> Stages:
@@ -150,7 +153,8 @@ def disk_full(folder: Path, options: list[str], rng: random.Random) -> Ended:
 
 def begun_again(folder: Path, options: list[str], rng: random.Random) -> Ended:
     """A finished stage begins again, and is perhaps interrupted."""
-    options = [*options, "--restart", stage] if (stage := rng.choice(("sft", "pairs", "dpo"))) not in options else options
+    stage = rng.choice(("sft", "pairs", "dpo"))
+    options = options if stage in options else [*options, "--restart", stage]
     with recorded_step(stage, rng.randrange(1, 9), lambda: os.kill(os.getpid(), signal.SIGINT)):
         return go(folder, *options)
 

@@ -48,7 +48,7 @@ Damage = Callable[[Path, random.Random], None]
 
 
 def cases_of(scene: str, folder: Path) -> list[tuple[str, Path, Damage]]:
-    """Return what is done to a scene: each file is truncated and emptied, each folder gets a neighbour for its files."""
+    """Return what is done to a scene: each file is truncated and emptied, each folder gets a new file."""
     files = [path.relative_to(folder) for path in plain_files(folder)]
     first = {path.parent: path for path in files}
     damaged = [(scene, path, damage) for path in files for damage in (truncate, empty)]
