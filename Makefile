@@ -18,14 +18,17 @@ SET ?= cpu
 
 setup: $(VENV)/.$(SET)
 
-$(VENV)/.$(SET): cluster/requirements-$(SET).txt pyproject.toml
+$(VENV)/.$(SET): cluster/requirements-$(SET).txt cluster/requirements-torch.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-deps $(INDEX) -r cluster/requirements-$(SET).txt
+	$(PIP) install --quiet --no-deps --require-hashes -r cluster/requirements-$(SET).txt
+ifeq ($(SET),cpu)
+	$(PIP) install --quiet --no-deps $(INDEX) -r cluster/requirements-torch.txt
+endif
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.$(SET) cluster/requirements-dev.txt
-	$(PIP) install --quiet --no-deps -r cluster/requirements-dev.txt
+	$(PIP) install --quiet --no-deps --require-hashes -r cluster/requirements-dev.txt
 	touch $@
 
 quickstart: setup

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from rlhf.types import Sampling
+
+LOOK_S, LOOKS = 10.0, 10
+"""A wait looks that often whether the replicas make progress, and so often within its deadline at least."""
 
 FILL = 2
 """A replica is given so many times the sequences that it generates at once: while some finish, others wait there."""
@@ -28,6 +32,7 @@ class Balance:
         self.closed: set[int] = set()
         self.paused = False
         self.failure: BaseException | None = None
+        self.ended = 0.0
         self.changed = threading.Condition()
 
     def expected(self, sampling: Sampling) -> float:
@@ -56,16 +61,16 @@ class Balance:
             self._change(replica, -tokens, -sequences)
             self.responses += len(drawn)
             self.response_tokens += sum(drawn)
+            self.ended = time.monotonic()
             self.changed.notify_all()
 
-    def wait_for_room(self, timeout_s: float) -> bool:
-        """Wait until some replica has room; return whether one has. While one is replaced, no time passes."""
-        with self.changed:
-            while not self.changed.wait_for(lambda: self.failure or self._any_room(), timeout_s):
-                if not self.closed and not self.paused:
-                    return False
-            self._check()
-            return True
+    def wait_for_room(self, timeout_s: float, at_work: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until some replica has room; return whether one has. While one is replaced, no time passes.
+
+        It is given up when for `timeout_s` no call has ended and `at_work`, which is asked now and then, has not seen a
+        replica make progress.
+        """
+        return self._wait(lambda: self.failure is not None or self._any_room(), timeout_s, at_work)
 
     def close(self, replica: int) -> None:
         """Send nothing more to a replica."""
@@ -85,17 +90,38 @@ class Balance:
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def pause(self, timeout_s: float) -> bool:
-        """Send nothing to any replica, and wait until none is at work; return whether that came to be."""
+    def pause(self, timeout_s: float, at_work: Callable[[], bool] = lambda: False) -> bool:
+        """Send nothing to any replica, and wait until none has calls; return whether that came to be.
+
+        It is given up as `wait_for_room` gives up, also while a replica is replaced.
+        """
         with self.changed:
             self.paused = True
-            return self.changed.wait_for(lambda: not any(self.sequences), timeout_s)
+        return self._wait(lambda: not any(self.sequences), timeout_s, at_work, pausing=True)
 
     def resume(self) -> None:
         """Send again."""
         with self.changed:
             self.paused = False
             self.changed.notify_all()
+
+    def _wait(
+        self, ready: Callable[[], bool], timeout_s: float, at_work: Callable[[], bool], pausing: bool = False
+    ) -> bool:
+        began = time.monotonic()
+        while True:
+            with self.changed:
+                if self.changed.wait_for(ready, min(LOOK_S, timeout_s / LOOKS)):
+                    if not pausing:
+                        self._check()
+                    return True
+                if not pausing and (self.closed or self.paused):
+                    began = time.monotonic()
+                ended = self.ended
+            if at_work():  # not under the lock: it asks the cluster
+                began = time.monotonic()
+            elif time.monotonic() - max(began, ended) >= timeout_s:
+                return False
 
     def _check(self) -> None:
         if self.failure is not None:

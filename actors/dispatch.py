@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from actors.balance import Balance
+from actors.balance import LOOK_S, LOOKS, Balance
 from actors.objects import Asked, Drawn
-from actors.supervise import late, wait_for
+from actors.progress import Watch, actor_of
+from actors.supervise import CALL_KEY, late, wait_for
 from rlhf.errors import LostProcess, TrainingError
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -59,6 +60,7 @@ class Dispatch:
         deadline_s: float,
         role: str,
         replace: Replace | None = None,
+        at_work: Callable[[], bool] = lambda: False,
     ) -> None:
         self.replicas = replicas
         self.balance = balance
@@ -68,6 +70,11 @@ class Dispatch:
         self.deadline_s = deadline_s
         self.role = role
         self.replace = replace
+        self.at_work = at_work
+        self.watch = Watch()
+        self.late: set[int] = set()
+        self.look_every = min(LOOK_S, deadline_s / LOOKS)
+        self.next_look = time.monotonic() + self.look_every
         self.unsent = deque(range(len(prompts)))
         self.flying: dict[int, Call] = {}
         self.calls = 0
@@ -107,8 +114,8 @@ class Dispatch:
                     self.unsent.clear()
                 if self.flying:
                     self._collect()
-                elif self.unsent and not self.balance.wait_for_room(self.deadline_s):  # other calls take all of it
-                    raise TrainingError(f"{self.role} had no room within {self.deadline_s:.0f} s (ray.call_timeout_s)")
+                elif self.unsent and not self.balance.wait_for_room(self.deadline_s, self.at_work):  # others take it
+                    raise TrainingError(f"{self.role} had no room within {self.deadline_s:.0f} s ({CALL_KEY})")
                 self._send()
         except BaseException as error:
             self.unsent.clear()
@@ -151,11 +158,10 @@ class Dispatch:
 
     def _collect(self) -> None:
         """Wait for the next call to end and keep its rollouts, or for a replica to be replaced."""
-        oldest = next(iter(self.flying.values()))
         try:
-            number, future = self.ended.get(timeout=max(0.0, oldest.sent + self.deadline_s - time.monotonic()))
+            number, future = self.ended.get(timeout=max(0.0, self.next_look - time.monotonic()))
         except Empty:
-            self._lose(oldest, late([oldest.reference], [self._name(oldest)], self.deadline_s))
+            self._look()
             return
         if number is None:
             future.result()
@@ -173,6 +179,23 @@ class Dispatch:
         rollouts = future.result().rollouts(prompts, seeds)
         for row, row_seeds in zip(call.rows, seeds, strict=True):
             self.drawn[row] = [next(rollouts) for _ in row_seeds]
+
+    def _look(self) -> None:
+        """Lose a call whose replica has made no progress within the deadline; TrainingError where its prompts were late
+        before.
+        """
+        now = time.monotonic()
+        self.next_look = now + self.look_every
+        self.watch.look([actor_of(call.reference) for call in self.flying.values()])
+        for call in self.flying.values():
+            if now - max(call.sent, self.watch.moved.get(actor_of(call.reference), 0.0)) >= self.deadline_s:
+                error = late([(self._name(call), call.reference)], self.deadline_s, watch=self.watch)
+                rows = {row for other in self.flying.values() if other.handle is call.handle for row in other.rows}
+                if self.late & rows:
+                    raise error.second() from error
+                self.late |= rows
+                self._lose(call, error)
+                return
 
     def _lose(self, lost: Call, error: LostProcess) -> None:
         """Take back all that is with the replica of a call, and begin to replace it."""

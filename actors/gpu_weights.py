@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -79,7 +78,7 @@ def bounded(work: Callable[[], None], client: ReplicaClient) -> None:
 
     thread = threading.Thread(target=run, name="publish", daemon=True)
     thread.start()
-    while thread.is_alive() and not failures and client.failure is None and time.monotonic() < client.ends:
+    while thread.is_alive() and not failures and client.failure is None and not client.expired():
         thread.join(POLL_S)
     if failures:
         raise failures[0]
@@ -88,7 +87,7 @@ def bounded(work: Callable[[], None], client: ReplicaClient) -> None:
     if thread.is_alive():
         thread.join(POLL_S)  # the call that waits for a replica has the same deadline, and tells more
         raise client.failure or TrainingError(
-            "sending weights to the rollout engine took longer than ray.call_timeout_s"
+            "sending weights to the rollout engine made no progress for longer than ray.call_timeout_s"
         )
 
 

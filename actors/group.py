@@ -10,7 +10,7 @@ import ray
 
 from actors.process import end
 from actors.restarts import Restarts
-from actors.supervise import RayPending, Retried, wait_for, wait_for_all
+from actors.supervise import START_KEY, RayPending, Retried, wait_for, wait_for_all
 from rlhf.engines.base import LearnerSpec
 from rlhf.errors import LostProcess
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 T = TypeVar("T")
-JOIN_S = 300.0
-"""How long ranks may take to find each other; most of it is the import of libraries."""
+START_S = 900.0
+"""How long a new process may show no progress until it answers; the default of `ray.start_timeout_s`."""
 
 
 class RankGroup:
@@ -36,12 +36,14 @@ class RankGroup:
         deadline_s: float,
         start: Callable[[], Sequence[ActorHandle]] | None = None,
         restarts: Restarts | None = None,
+        start_s: float = START_S,
     ) -> None:
         self.role = role
         self.ranks = list(ranks)
         self.deadline_s = deadline_s
         self.start = start
         self.restarts = restarts or Restarts(role)
+        self.start_s = start_s
         self.spec: LearnerSpec | None = None
         self.building: list[ray.ObjectRef] = []
         self.before_call: Callable[[], None] = _nothing
@@ -99,7 +101,7 @@ class RankGroup:
                 self._join()
             if self.spec is not None:
                 self.building = self.begin("build", self.spec)
-                wait_for_all(self.building, self.names("build"), max(self.deadline_s, JOIN_S))
+                wait_for_all(self.building, self.names("build"), max(self.deadline_s, self.start_s), START_KEY)
 
     def names(self, method: str) -> list[str]:
         """Return what people are told of a call to each rank: `policy-1.train`, or `policy.train` where one is all."""
@@ -111,18 +113,18 @@ class RankGroup:
         """Call every rank, without `before_call`, and wait for all."""
         return Retried(self, lambda: self.pending(method, self.begin(method, *arguments), list)).result()
 
-    def kill(self) -> None:
-        """End the processes."""
-        end(self.ranks)
+    def kill(self, elsewhere: bool = False) -> None:
+        """End the processes; `elsewhere` as for `actors.process.end`."""
+        end(self.ranks, elsewhere)
 
     def _join(self) -> None:
         """Let the ranks meet at the first one's machine."""
         names, count = self.names("join"), len(self.ranks)
-        address, port = wait_for(self.ranks[0].meeting_point.remote(), names[0], JOIN_S)
+        address, port = wait_for(self.ranks[0].meeting_point.remote(), names[0], self.start_s, START_KEY)
         calls = [
             actor.join.remote(rank, count, address, port, self.deadline_s) for rank, actor in enumerate(self.ranks)
         ]
-        wait_for_all(calls, names, JOIN_S)
+        wait_for_all(calls, names, self.start_s, START_KEY)
 
 
 def _nothing() -> None:

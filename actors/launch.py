@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
-import secrets
 import signal
-import socket
-from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import ray
-from ray._private import auto_init_hook, ray_constants
-from ray._private.services import resolve_ip_for_localhost
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.connect import Connection, connect
 from actors.group import RankGroup
-from actors.head import HeadWatch
+from actors.head import HeadWatch, leave_lost_head
 from actors.learner import LearnerActor, RayModel
 from actors.placement import reserve, wait_for_room
+from actors.progress import forget_job
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
 from actors.turns import SharingRollout, Turns
 from actors.worker import learner_environment
 from rlhf.engines.base import LearnerSpec, RolloutSpec
 from rlhf.engines.environment import vllm_environment
-from rlhf.errors import ResourceError
+from rlhf.errors import GuardError, ResourceError
 from rlhf.fingerprint import architecture_digest
 from rlhf.interrupts import Interrupted
 from rlhf.recipe.placement import Bundle, Process, place
@@ -38,7 +34,6 @@ from rlhf.recipe.role_schema import RoleName
 from rlhf.recipe.schema import Recipe
 
 log = logging.getLogger("rlhf")
-CONNECT_TIMEOUT_S = 10.0
 
 
 class RayLauncher:
@@ -56,6 +51,7 @@ class RayLauncher:
         self.restarts: dict[RoleName, Restarts] = {}
         self.reserved: PlacementGroup | None = None
         self.bundles: tuple[Bundle, ...] = ()
+        self.connection: Connection | None = None
         self.head: HeadWatch | None = None
 
     def policy(self, spec: LearnerSpec) -> RayModel:
@@ -101,14 +97,14 @@ class RayLauncher:
     def recover(self) -> None:
         """End all processes of models, and the engines where one is gone; the next stage starts new ones."""
         for group in self.groups.values():
-            group.kill()
+            group.kill(elsewhere=True)
         self.groups.clear()
         self.turns.forget_models()
         if self.engine is not None and not self.engine.alive():
-            self.engine.kill()
+            self.engine.kill(elsewhere=True)
             self.engine = self.turns.engine = None
         if self.judging is not None and not self.judging[1].alive():
-            self.judging[1].kill()
+            self.judging[1].kill(elsewhere=True)
             self.judging = None
 
     def release(self) -> None:
@@ -124,11 +120,12 @@ class RayLauncher:
             return self._start(processes[index], Replica, environment, spec)
 
         numbers, sequences, restarts = range(len(processes)), spec.role.max_sequences, self._restarts(name)
+        start_s = self.recipe.ray.start_timeout_s
         if spec.role.share is None:
-            return RayRollout(list(map(start, numbers)), self.deadline_s, name, sequences, start, restarts)
+            return RayRollout(list(map(start, numbers)), self.deadline_s, name, sequences, start, restarts, start_s)
         self.turns.begin()
         replicas = list(map(start, numbers))
-        engine = SharingRollout(replicas, self.deadline_s, self.turns, sequences, start, restarts)
+        engine = SharingRollout(replicas, self.deadline_s, self.turns, sequences, start, restarts, start_s)
         engine.wait_until_ready()
         self.turns.began(engine)
         return engine
@@ -145,7 +142,8 @@ class RayLauncher:
         """Return a role's processes, started where they are not yet."""
         if role not in self.groups:
             start = partial(self._ranks, role)
-            self.groups[role] = RankGroup(role, start(), self.deadline_s, start, self._restarts(role))
+            start_s = self.recipe.ray.start_timeout_s
+            self.groups[role] = RankGroup(role, start(), self.deadline_s, start, self._restarts(role), start_s)
             devices = getattr(getattr(self.recipe.roles, role), "share", None) or role
             if devices == self.recipe.roles.rollout.share:
                 self.turns.join(self.groups[role])
@@ -185,10 +183,18 @@ class RayLauncher:
 
     def __enter__(self) -> Self:
         """Start or join Ray and reserve what the recipe's stages use."""
+        try:
+            self._start_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _start_up(self) -> None:
         self.bundles = place(self.recipe)
         on_terminate = signal.getsignal(signal.SIGTERM)
         try:
-            _connect(self.recipe, self.bundles)
+            self.connection = connect(self.recipe, self.bundles)
         except SystemExit as stop:
             if stop.code == signal.SIGTERM:  # what Ray's own handler does while it starts
                 raise Interrupted(signal.SIGTERM) from None
@@ -196,20 +202,24 @@ class RayLauncher:
         finally:
             signal.signal(signal.SIGTERM, on_terminate)
         self.head = HeadWatch(ray.get_runtime_context().gcs_address, log.error)
-        try:
-            self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
-        except BaseException:
-            self.head.stop()
-            ray.shutdown()
-            raise
-        return self
+        self.reserved = reserve(self.bundles, self.recipe.ray.placement_timeout_s, log.warning)
+
+    def _leave_lost(self, head: HeadWatch, why: str, error: BaseException | None) -> NoReturn:
+        left = leave_lost_head()
+        head.left.set()
+        if self.connection is not None:
+            self.connection.restore(failed=True)
+        stuck = "" if left else "; Ray does not let go of this process: start a new one for that"
+        raise ResourceError(why + stuck) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End every actor of this run and leave Ray."""
-        if self.head:
-            self.head.stop()
+        """End every actor of this run and leave Ray; ResourceError where Ray's head was lost."""
+        if self.connection is None:
+            return
+        if self.head and (why := self.head.settle()):
+            self._leave_lost(self.head, why, error)
         for group in self.groups.values():
             group.kill()
         for engine in (self.engine, self.judging and self.judging[1]):
@@ -217,53 +227,10 @@ class RayLauncher:
                 engine.kill()
         if self.reserved is not None:
             remove_placement_group(self.reserved)
-        ray.shutdown()
+        forget_job()
+        self.connection.close(_is_failure(error))
 
 
-def _connect(recipe: Recipe, bundles: Sequence[Bundle]) -> None:
-    """Join the recipe's cluster, or start Ray on loopback; ResourceError when there is none or it does not start."""
-    auto_init_hook.enable_auto_connect = False  # a thread that still waits at the end must not start Ray again
-    if recipe.ray.address:
-        _join(recipe.ray.address)
-        return
-    try:
-        _start_on_loopback(math.ceil(sum(bundle.resources["CPU"] for bundle in bundles)))
-    except Exception as error:  # Ray raises plain Exception when its processes are not up in 30 s
-        raise ResourceError(
-            f"Ray did not start on this machine: {_first_line(error)}; is it overloaded, or out of memory or disk?"
-        ) from error
-
-
-def _join(address: str) -> None:
-    try:
-        if address != "auto":  # ray.init would try for ever where nothing listens
-            host, _, port = address.rpartition(":")
-            socket.create_connection((resolve_ip_for_localhost(host), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ResourceError(
-            f"ray.address: cannot join a Ray cluster at {address}: {_first_line(error)}; is it up, and is"
-            " RAY_AUTH_TOKEN set here if it has token authentication?"
-        ) from error
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        log.warning("this Ray cluster has no token authentication: anyone who reaches it can run code on it")
-
-
-def _start_on_loopback(slots: int) -> None:
-    """Start Ray for this run alone; token authentication is Ray's default for a new one."""
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray turns 127.0.0.1 into the machine's outside address, and listens there, unless it may not form clusters.
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(
-        address="local",
-        num_cpus=max(slots, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _is_failure(error: BaseException | None) -> bool:
+    """Return whether Ray's logs may tell why a run ended so."""
+    return error is not None and not isinstance(error, Interrupted | KeyboardInterrupt | GuardError)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actors.group import RankGroup
 from actors.objects import Shipped, once
+from actors.progress import tell_progress
 from actors.rollout import RayRollout
 from actors.supervise import RayPending, Retried
 from actors.turns import SharingRollout
@@ -25,6 +26,7 @@ from rlhf.engines.base import B, LearnerSpec, Objective
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.shares import Part, assemble, token_scores
 from rlhf.errors import ResourceError
+from rlhf.manifest import Seal
 from rlhf.recipe.tuning_support import support
 from rlhf.roles import Pending, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, TokenBatch, TokenScores
@@ -44,6 +46,7 @@ class LearnerActor(ModelLearner):
 
     def __init__(self) -> None:
         self.rank = 0
+        tell_progress()
 
     def devices(self) -> list[str]:
         """Return the numbers of the GPUs that Ray gave this process, as CUDA_VISIBLE_DEVICES takes them."""
@@ -154,9 +157,9 @@ class RayModel:
         """Return the bytes that `save_state` writes."""
         return self.group.ask("state_bytes", _first)
 
-    def save_state(self, folder: Path) -> Pending[None]:
-        """Let every rank write its share of what training goes on from."""
-        return self.group.ask("save_state", _first, folder)
+    def save_state(self, folder: Path) -> Pending[dict[str, Seal]]:
+        """Let every rank write, flush and seal its share of what training goes on from; return all seals by name."""
+        return self.group.ask("save_state", _together, folder)
 
     def load_state(self, folder: Path) -> Pending[None]:
         """Go on from it."""
@@ -195,6 +198,10 @@ class RayModel:
 
 def _first(values: list[T]) -> T:
     return values[0]
+
+
+def _together(values: list[dict[str, Seal]]) -> dict[str, Seal]:
+    return {name: seal for share in values for name, seal in share.items()}
 
 
 def _merged(values: list[Metrics]) -> Metrics:

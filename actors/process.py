@@ -12,6 +12,8 @@ import ray
 from ray._private import state, worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.head import head_answers
+
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
@@ -31,8 +33,8 @@ class Place:
 
     @staticmethod
     def of(actor_id: str) -> Place | None:
-        """Ask the cluster; None before the process has started, and for actors that it has forgotten."""
-        known = state.actors(actor_id=actor_id)
+        """Ask the cluster; None before the process has started, for forgotten actors, and where no head answers."""
+        known = state.actors(actor_id=actor_id) if head_answers() else None
         if not known or not known["Pid"]:
             return None
         return Place(known["Pid"], known["Address"]["IPAddress"], known["Address"]["NodeID"])
@@ -81,7 +83,7 @@ def end(handles: Sequence[ActorHandle], elsewhere: bool = False) -> None:
         ray.kill(handle)
     places = [place for handle in handles if (place := Place.of(handle._actor_id.hex())) is not None]
     _kill([place.pid for place in places if place.here])
-    if not elsewhere:
+    if not elsewhere or not head_answers():
         return
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     for place in places:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayError
 
 from actors.balance import Balance
+from actors.group import START_S
 from actors.process import end
+from actors.progress import Watch, id_of
 from actors.restarts import Restarts
-from actors.supervise import wait_for
+from actors.supervise import START_KEY, wait_for
 from rlhf.errors import LostProcess, TrainingError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-START_S = 900.0
-"""How long a new replica may take until it has loaded its model."""
-
 ANSWERS_S = 30.0
-"""A replica that takes longer to say that it is there is given up."""
+"""A replica that says within this time neither that it is there nor that it makes progress is given up."""
 
+SAY_S = 30.0
+log = logging.getLogger("rlhf")
 Start = Callable[[int], "ActorHandle"]
 """Starts the process of a replica, by its number, anew."""
 
@@ -42,12 +45,14 @@ class Repairs:
         restarts: Restarts,
         start: Start | None,
         supply: Callable[[int], None],
+        start_s: float = START_S,
     ) -> None:
         self.replicas = replicas
         self.balance = balance
         self.restarts = restarts
         self.start = start
         self.supply = supply
+        self.start_s = start_s
         self.lock = threading.Lock()
         self.under_way: dict[int, Future[None]] = {}
         self.ended = False
@@ -76,13 +81,20 @@ class Repairs:
             if self.ended or self.start is None:
                 raise TrainingError(f"{name} is not started any more: the run ends")
             self.replicas[index] = handle = self.start(index)
-        wait_for(handle.ping.remote(), f"{name}.start", START_S)
+        wait_for(handle.ping.remote(), f"{name}.start", self.start_s, START_KEY)
         return handle
 
     def settled(self) -> bool:
-        """Wait for repairs that are under way; return whether every one so far was a success."""
-        for future in list(self.under_way.values()):
-            future.exception(timeout=START_S)
+        """Wait for repairs that are under way, `start_s` at most; return whether every one so far was a success."""
+        ends = time.monotonic() + self.start_s
+        for index, future in list(self.under_way.items()):
+            while not future.done():
+                left = ends - time.monotonic()
+                if left <= 0:
+                    log.warning("the repair of replica %d has not ended within %.0f s", index, self.start_s)
+                    return False
+                if not wait([future], timeout=min(SAY_S, left)).done:
+                    log.warning("waiting for the repair of replica %d, %.0f s at most", index, left)
         return self.balance.failure is None
 
     def stop(self) -> None:
@@ -123,10 +135,15 @@ class Repairs:
 
 
 def answers(replicas: list[ActorHandle]) -> list[bool]:
-    """Return which replicas say within `ANSWERS_S` that they are there."""
+    """Return which replicas say within `ANSWERS_S` that they are there, or are seen at work meanwhile."""
+    watch, names = Watch(), [id_of(replica) for replica in replicas]
     calls = [replica.ping.remote() for replica in replicas]
-    ray.wait(calls, num_returns=len(calls), timeout=ANSWERS_S)
-    return [_answered(call) for call in calls]
+    watch.look(names)
+    _, busy = ray.wait(calls, num_returns=len(calls), timeout=ANSWERS_S)
+    if busy:
+        watch.look(names)
+    at_work = {call for name, call in zip(names, calls, strict=True) if call in busy and name in watch.moved}
+    return [call in at_work or _answered(call) for call in calls]
 
 
 def _answered(call: ray.ObjectRef) -> bool:

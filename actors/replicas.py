@@ -12,6 +12,7 @@ from actors.supervise import wait_for_all
 from rlhf.engines.served import Ledger, Transport
 from rlhf.engines.shared_memory import Answer, content
 from rlhf.errors import TrainingError
+from rlhf.pulse import PULSE
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -28,6 +29,8 @@ class ReplicaClient:
     def __init__(self, replicas: Sequence[ActorHandle], deadline_s: float) -> None:
         self.replicas = list(replicas)
         self.transports: list[Transport] = []
+        self.deadline_s = deadline_s
+        self.beats = PULSE.beats
         self.ends = time.monotonic() + deadline_s
         self.ledger = Ledger()
         self.under_way: list[list[ray.ObjectRef]] = []
@@ -53,6 +56,7 @@ class ReplicaClient:
         Returns:
             what waits until no replica reads the bucket any more.
         """
+        PULSE.beat()
         first = not self.under_way
         self.ledger.add(announcement)
         here = ray.get_runtime_context().get_node_id()
@@ -110,6 +114,13 @@ class ReplicaClient:
         """Disconnect the replicas."""
         self._all("shutdown", lambda replica, _: replica.shutdown_weight_transfer_engine.remote())
 
+    def expired(self) -> bool:
+        """Return whether neither this process nor a replica that it waits for has made progress for the deadline."""
+        if self.beats != PULSE.beats:
+            self.beats = PULSE.beats
+            self.ends = time.monotonic() + self.deadline_s
+        return time.monotonic() >= self.ends
+
     def _all(self, what: str, call: Callable[[ActorHandle, int], ray.ObjectRef]) -> list[Any]:
         return self._wait(what, [call(replica, index) for index, replica in enumerate(self.replicas)])
 
@@ -125,7 +136,9 @@ class ReplicaClient:
     def _wait(self, what: str, calls: list[ray.ObjectRef]) -> list[Any]:
         names = [f"rollout-{index}.{what}" for index in range(len(calls))]
         try:
-            return wait_for_all(calls, names, max(0.0, self.ends - time.monotonic()))
+            values = wait_for_all(calls, names, self.deadline_s)
+            PULSE.beat()
+            return values
         except BaseException as error:
             self.failure = error
             raise

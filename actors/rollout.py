@@ -12,8 +12,10 @@ import ray
 
 from actors.balance import Balance
 from actors.dispatch import CALLS, Dispatch
+from actors.group import START_S
 from actors.objects import Asked, Drawn
 from actors.process import end
+from actors.progress import Watch, id_of, tell_progress
 from actors.repairs import Repairs, Start, answers
 from actors.restarts import Restarts
 from actors.supervise import RayPending, Retried
@@ -36,6 +38,7 @@ class RolloutActor:
     """One replica; the weight methods are those of vLLM's native interface, whichever engine is behind them."""
 
     def __init__(self, spec: RolloutSpec) -> None:
+        tell_progress()
         self.engine = _engine(spec)
         self.copy: Buffer | None = None
 
@@ -151,22 +154,32 @@ class RayRollout:
         max_sequences: int = 64,
         start: Start | None = None,
         restarts: Restarts | None = None,
+        start_s: float = START_S,
     ) -> None:
         self.replicas = replicas
         self.deadline_s = deadline_s
         self.role = role
         self.balance = Balance(len(replicas), max_sequences)
-        self.repairs = Repairs(replicas, self.balance, restarts or Restarts(role), start, self._supply)
+        self.repairs = Repairs(replicas, self.balance, restarts or Restarts(role), start, self._supply, start_s)
         self.source: Source | None = None
         self.parcel: tuple[list[ActorHandle], ray.ObjectRef] | None = None
         self.calls: weakref.WeakSet[Dispatch] = weakref.WeakSet()
+        self.watch = Watch()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> Pending[list[Rollout]]:
         """Send the prompts to the replicas as these have room; the result comes in the order of prompts and seeds."""
         call = Dispatch(
-            self.replicas, self.balance, prompts, sampling, seeds, self.deadline_s, self.role, self.repairs.begin
+            self.replicas,
+            self.balance,
+            prompts,
+            sampling,
+            seeds,
+            self.deadline_s,
+            self.role,
+            self.repairs.begin,
+            self.at_work,
         )
         self.calls.add(call)
         return call
@@ -215,10 +228,14 @@ class RayRollout:
         """Return whether every replica still answers, and none was lost for good."""
         return self.repairs.settled() and all(answers(self.replicas))
 
-    def kill(self) -> None:
-        """End the processes."""
+    def at_work(self) -> bool:
+        """Return whether any replica has made progress since this was asked last."""
+        return self.watch.look([id_of(replica) for replica in self.replicas])
+
+    def kill(self, elsewhere: bool = False) -> None:
+        """End the processes; `elsewhere` as for `actors.process.end`."""
         self.repairs.stop()
-        end(self.replicas)
+        end(self.replicas, elsewhere)
 
     def _supply(self, index: int) -> None:
         """Put another replica in the place of one, with the present weights."""

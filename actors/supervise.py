@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -20,9 +21,11 @@ from ray.exceptions import (
 )
 
 from actors import death
+from actors.balance import LOOK_S, LOOKS
+from actors.progress import Watch, actor_of
 from rlhf import errors
 from rlhf.engines.ranks import LOST
-from rlhf.errors import LostProcess, RlhfError, TrainingError
+from rlhf.errors import LateProcess, LostProcess, RlhfError, TrainingError
 from rlhf.roles import Pending
 
 if TYPE_CHECKING:
@@ -41,6 +44,10 @@ GRACE_S = 3.0
 
 TOLD = 3
 """So many late calls are named."""
+
+CALL_KEY = "ray.call_timeout_s"
+START_KEY = "ray.start_timeout_s"
+RANK = re.compile(r"-\d+\.")
 
 
 def last(values: Sequence[T]) -> T:
@@ -68,7 +75,7 @@ class RayPending(Generic[T]):
         self.combine = combine
 
     def result(self) -> T:
-        """Return the value; TrainingError when a call failed, its process died or the deadline passed."""
+        """Return the value; TrainingError when a call failed, its process died or made no progress in time."""
         return self.combine(wait_for_all(self.references, self.names, self.deadline_s))
 
 
@@ -93,10 +100,19 @@ class Retried(Generic[T]):
         self._begin()
 
     def result(self) -> T:
-        """Return the value; an error where a call failed, or where what was lost cannot be replaced (any more)."""
+        """Return the value; an error where a call failed, or where what was lost cannot be replaced (any more).
+
+        Where the call was late and its second try is too, there is no third.
+        """
+        late = False
         while True:
             try:
                 return self.pending.result()
+            except LateProcess as error:
+                if late:
+                    raise error.second() from error
+                late = True
+                self.processes.mend(self.asked, error)
             except LostProcess as error:
                 self.processes.mend(self.asked, error)
             self._begin()
@@ -106,38 +122,69 @@ class Retried(Generic[T]):
         self.pending = self.ask()
 
 
-def wait_for(reference: ray.ObjectRef, name: str, deadline_s: float) -> Any:
+def wait_for(reference: ray.ObjectRef, name: str, deadline_s: float, key: str = CALL_KEY) -> Any:
     """Return the value of one call, as `wait_for_all` does."""
-    return wait_for_all([reference], [name], deadline_s)[0]
+    return wait_for_all([reference], [name], deadline_s, key)[0]
 
 
-def wait_for_all(references: Sequence[ray.ObjectRef], names: Sequence[str], deadline_s: float) -> list[Any]:
+def wait_for_all(
+    references: Sequence[ray.ObjectRef], names: Sequence[str], deadline_s: float, key: str = CALL_KEY
+) -> list[Any]:
     """Return the values of all calls, or raise an error for people as soon as one fails.
 
-    An RlhfError keeps its class, and with it the exit code; everything else becomes a TrainingError. The name of the
-    call at fault begins the message: a rank that only lost its peer is not blamed for it. The remote traceback is in
-    the chain of causes.
+    A call may take as long as its process makes progress: it is late when nothing was seen of that for `deadline_s`,
+    which the recipe sets by `key`. An RlhfError keeps its class, and with it the exit code; everything else becomes a
+    TrainingError. The name of the call at fault begins the message: a rank that only lost its peer is not blamed for
+    it. The remote traceback is in the chain of causes.
     """
-    try:
-        return ray.get(list(references), timeout=deadline_s)
-    except GetTimeoutError:
-        raise late(references, names, deadline_s) from None
-    except RayError as error:
-        name, cause, reference = _at_fault(references, names, error)
-        raise _translated(name, cause, reference) from cause
+    clock = Clock(deadline_s)
+    while True:
+        try:
+            return ray.get(list(references), timeout=clock.look_in())
+        except GetTimeoutError:
+            if overdue := clock.overdue(references, names):
+                raise late(overdue, deadline_s, key, clock.watch) from None
+        except RayError as error:
+            name, cause, reference = _at_fault(references, names, error)
+            raise _translated(name, cause, reference) from cause
 
 
-def late(references: Sequence[ray.ObjectRef], names: Sequence[str], deadline_s: float) -> LostProcess:
-    """Return what people are told where calls have not ended within their deadline."""
-    done = set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
-    open_calls = [(name, call) for name, call in zip(names, references, strict=True) if call not in done]
-    told = ", ".join(name for name, _ in open_calls[:TOLD])
-    more = f" and {len(open_calls) - TOLD} more" if len(open_calls) > TOLD else ""
-    place = death.place_of(open_calls[0][1]) if open_calls else None
-    return LostProcess(
-        f"{told}{more} gave no answer within {deadline_s:.0f} s (ray.call_timeout_s){f' on {place}' if place else ''};"
-        " it hangs or waits for another process; if the work takes that long, raise ray.call_timeout_s"
+class Clock:
+    """The time since the processes behind some calls were last seen to make progress."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.began = time.monotonic()
+        self.watch = Watch()
+
+    def look_in(self) -> float:
+        """Return the seconds until the next look at the processes."""
+        return min(LOOK_S, self.deadline_s / LOOKS)
+
+    def overdue(self, references: Sequence[ray.ObjectRef], names: Sequence[str]) -> list[tuple[str, ray.ObjectRef]]:
+        """Return the names and calls that are late, after a look at the processes of all that have not ended."""
+        done = set(ray.wait(list(references), num_returns=len(references), timeout=0)[0])
+        unfinished = [(name, call) for name, call in zip(names, references, strict=True) if call not in done]
+        self.watch.look([actor_of(call) for _, call in unfinished])
+        since = time.monotonic() - self.deadline_s
+        return [item for item in unfinished if self.watch.moved.get(actor_of(item[1]), self.began) <= since]
+
+
+def late(
+    calls: Sequence[tuple[str, ray.ObjectRef]], deadline_s: float, key: str = CALL_KEY, watch: Watch | None = None
+) -> LateProcess:
+    """Return what people are told of calls, with their names, whose processes made no progress within a deadline."""
+    named = ", ".join(name for name, _ in calls[:TOLD])
+    more = f" and {len(calls) - TOLD} more" if len(calls) > TOLD else ""
+    place = death.place_of(calls[0][1])
+    doing = watch.doing.get(actor_of(calls[0][1])) if watch else None
+    error = LateProcess(
+        f"{named}{more} gave no answer within {deadline_s:.0f} s ({key}){f' on {place}' if place else ''};"
+        f" it hangs or waits for another process{f', and was last at: {doing}' if doing else ''}; if one piece of the"
+        f" work takes that long, raise {key}"
     )
+    error.call = RANK.sub(".", calls[0][0])
+    return error
 
 
 def _at_fault(
@@ -180,7 +227,7 @@ def _translated(name: str, error: RayError, reference: ray.ObjectRef) -> RlhfErr
 
 def _raised(name: str, cause: Exception) -> RlhfError:
     if isinstance(cause, RlhfError):
-        return type(cause)(f"{name}: {cause}")
+        return cause.within(name)
     if isinstance(cause, RayError):
         return TrainingError(f"{name}: {_last_line(cause)}")
     lines = str(cause).strip().splitlines()

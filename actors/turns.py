@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from actors.group import START_S
 from actors.process import end
 from actors.repairs import Start
 from actors.restarts import Restarts
 from actors.rollout import RayRollout
-from actors.supervise import wait_for_all
+from actors.supervise import CALL_KEY, START_KEY, wait_for_all
 from rlhf.errors import LostProcess
 from rlhf.roles import EnginePart, Pending, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
@@ -120,15 +121,19 @@ class SharingRollout(RayRollout):
         max_sequences: int = 64,
         start: Start | None = None,
         restarts: Restarts | None = None,
+        start_s: float = START_S,
     ) -> None:
-        super().__init__(replicas, deadline_s, max_sequences=max_sequences, start=start, restarts=restarts)
+        super().__init__(
+            replicas, deadline_s, max_sequences=max_sequences, start=start, restarts=restarts, start_s=start_s
+        )
         self.turns = turns
         self.repairing = threading.Lock()
 
     def wait_until_ready(self) -> None:
         """Wait until every replica has loaded its model."""
         names = [f"{self.role}-{index}.start" for index in range(len(self.replicas))]
-        wait_for_all([replica.ping.remote() for replica in self.replicas], names, self.deadline_s)
+        calls = [replica.ping.remote() for replica in self.replicas]
+        wait_for_all(calls, names, self.repairs.start_s, START_KEY)
 
     def mend(self, asked: tuple[ActorHandle, ...], error: LostProcess) -> None:
         """Raise the error: what is lost while the devices change hands leaves nobody in a known place."""
@@ -139,8 +144,8 @@ class SharingRollout(RayRollout):
         with self.repairing:
             end([self.replicas[index]], elsewhere=True)
             try:
-                if not self.balance.pause(self.deadline_s):
-                    raise LostProcess(f"{self.role} did not come to rest within {self.deadline_s:.0f} s")
+                if not self.balance.pause(self.deadline_s, self.at_work):
+                    raise LostProcess(f"{self.role} did not come to rest within {self.deadline_s:.0f} s ({CALL_KEY})")
                 self.turns.begin()
                 replica = self.repairs.restart(index, f"{self.role}-{index}")
                 self.turns.began(self)

@@ -63,6 +63,7 @@ SECTIONS: dict[str, tuple[type[BaseModel], ...]] = {
         *get_args(online_schema.AnyOnlineStage),
         online_schema.Agreement,
         online_schema.Overlong,
+        online_schema.SampleFiles,
     ),
     "Comparison": (stage_schema.CompareStage,),
 }
@@ -96,6 +97,7 @@ NAMES: dict[type[BaseModel], str] = {
     online_schema.GroupStage: "GRPO and Dr. GRPO",
     online_schema.Agreement: "`agreement`",
     online_schema.Overlong: "`overlong`",
+    online_schema.SampleFiles: "`samples`",
 }
 GROUPS: dict[tuple[str, str], tuple[type[BaseModel], ...]] = {
     ("Tuning methods", "a tuning method"): SECTIONS["Tuning methods"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from rlhf.untrusted import PrintableRecords
+
 if TYPE_CHECKING:
     from rlhf.api import Recipe, Run, run
 
@@ -12,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "run"]
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses kernels that nobody needs
+logging.getLogger("rlhf").addFilter(PrintableRecords())  # messages quote models, data and servers
 
 
 def __getattr__(name: str) -> Any:

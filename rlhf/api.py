@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-
 from rlhf.command import quiet_libraries
 from rlhf.done_file import read_done
 from rlhf.errors import DataError, RecipeError
@@ -18,6 +16,7 @@ from rlhf.recipe.load import LoadedRecipe, load_recipe, resolved_yaml
 from rlhf.report.status import RunStatus, present_place, read_status
 from rlhf.run_record import read_record
 from rlhf.stage_places import DONE
+from rlhf.terminal import Terminal
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -65,6 +64,10 @@ def run(
     Stages that are done and unchanged are reused, an interrupted one goes on where it was; those named in `restart`
     begin anew. `local` keeps every role in this process, `output` is the run folder, `quiet` prints nothing.
 
+    This process is yours: nothing here ends it. Where Ray's head is lost a ResourceError says so. Should this thread
+    not come back from one of Ray's own calls within half a minute then, Ray ends the process, as it does without its
+    head; `rlhf run` as a process of its own is safe from that.
+
     Raises:
         RlhfError: with a message for people; what is done is kept.
     """
@@ -75,7 +78,7 @@ def run(
     loaded = recipe.loaded
     if local:
         loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"backend": "local"}))
-    console = Console(quiet=True) if quiet else None
+    console = Terminal(quiet=True) if quiet else None
     try:
         folder = run_recipe(loaded, launcher(loaded.recipe), Path(output) if output else None, console, restart)
     except RecipeError as error:

@@ -6,9 +6,7 @@ begins: the command line and the Python API both come here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,15 +27,6 @@ def launcher(recipe: Recipe) -> Callable[[Recipe], Launcher]:
         from rlhf.recipe.resources import check_fits, local_resources
 
         check_fits(recipe, local_resources())
-    else:
-        offer_token()
     from actors.launch import RayLauncher
 
     return RayLauncher
-
-
-def offer_token() -> None:
-    """Let Ray show its token to a cluster where there is one; it reads this once, when imported."""
-    stored = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    if "RAY_AUTH_TOKEN" in os.environ or stored.is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from rlhf import disk
 from rlhf.errors import ResourceError
-from rlhf.manifest import MANIFEST, DamagedManifest, broken, flush_folder, read_manifest, seal, write_manifest
+from rlhf.manifest import MANIFEST, DamagedManifest, Seal, broken, flush_folder, read_manifest, seal, write_manifest
 
 __all__ = [
     "QUARANTINE",
@@ -61,11 +61,14 @@ def write(
     root: Path,
     step: int,
     key: str,
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], Mapping[str, Seal] | None],
     info: Mapping[str, Any],
     bytes_needed: int = 0,
 ) -> Saved:
     """Save a state: `fill` writes its files into the folder it gets, itself or through other processes.
+
+    It returns the seals of files that their writers have sealed and flushed already, by relative path; only the other
+    files are read again, to seal them here.
 
     When this returns, the state is on disk under its final name; when it raises, or the process dies at any point,
     there is either the whole state or none, and the older ones are as they were. A state of the same step is renamed
@@ -82,8 +85,7 @@ def write(
         partial.mkdir()
     try:
         with disk.failures_told(partial, saving):
-            fill(partial)
-            content["files"] = seal(partial)
+            content["files"] = seal(partial, fill(partial))
             if MANIFEST in content["files"]:
                 raise ValueError(f"{MANIFEST} at the top of a state is not for its writer")
             write_manifest(partial, content)

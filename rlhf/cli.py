@@ -12,6 +12,7 @@ import click
 from rlhf import __version__
 from rlhf.bench.figures import PARTS
 from rlhf.command import MAX_LINES, quiet_libraries, reports_errors, takes_recipe
+from rlhf.commands.cache import cache
 from rlhf.commands.chat import chat
 from rlhf.commands.eval import evaluate
 from rlhf.commands.export import export
@@ -20,7 +21,7 @@ from rlhf.commands.runs import runs
 from rlhf.commands.serve import serve
 from rlhf.commands.status import status
 from rlhf.errors import RlhfError
-from rlhf.untrusted import printable
+from rlhf.untrusted import echo, printable
 
 if TYPE_CHECKING:
     from rlhf.recipe.load import LoadedRecipe
@@ -58,7 +59,7 @@ def run(loaded: LoadedRecipe, local: bool, output: Path | None, restart: tuple[s
 def validate(loaded: LoadedRecipe) -> None:
     """Check RECIPE and the files it names, and start nothing."""
     stages = " -> ".join(stage.name for stage in loaded.recipe.stages)
-    click.echo(f"OK {loaded.recipe.name}: {stages}")
+    echo(f"OK {loaded.recipe.name}: {stages}")
 
 
 @main.command()
@@ -70,20 +71,19 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from rlhf.errors import ResourceError
     from rlhf.recipe.devices import local_device, named_device
     from rlhf.recipe.plan import make_plan
     from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
+    from rlhf.terminal import Terminal
 
     resources = local_resources()
     made = make_plan(loaded, resources, named_device(gpu) if gpu else local_device(), search=True)
     if as_json:
-        click.echo(json.dumps(asdict(made), indent=2))
+        echo(json.dumps(asdict(made), indent=2))
     else:
-        console = Console(highlight=False)
+        console = Terminal()
         console.width = max(console.width, PLAN_WIDTH)
         console.print(render_plan(made))
     if loaded.recipe.ray.address is None and gpu is None:
@@ -99,29 +99,31 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
 @click.option("--name", help="Names the job; the recipe's name otherwise.")
 @click.option("--output", help="The run folder on the cluster; a relative one is made under RLHF_RUNS or ~/runs there.")
 @click.option("--wait/--no-wait", default=True, help="Follow the run and return its exit code, or return at once.")
-def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | None, wait: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="List every file that would be uploaded, and do nothing.")
+def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | None, wait: bool, dry_run: bool) -> None:
     """Upload RECIPE with its local files to a running Ray cluster and run it there."""
     from rlhf.recipe.upload import collect
 
     recipe = loaded.recipe
     folder = output or str(recipe.output_dir / recipe.name if recipe.output_dir.is_absolute() else recipe.name)
     upload = collect(loaded)
-    from rlhf.backend import offer_token
-
-    offer_token()
-    from actors.submit import submit
 
     def say(text: str) -> None:
-        click.echo(printable(text.replace("\r\n", "\n")), nl=False)
+        echo(text.replace("\r\n", "\n"), nl=False)
+
+    if dry_run:
+        say("".join(f"{line}\n" for line in upload.describe()))
+        return
+    from actors.submit import submit
 
     job = submit(address, upload, folder, name or recipe.name, say)
     if not wait:
-        click.echo(f"follow it with: RAY_AUTH_MODE=token ray job logs --follow --address {address} {job.name}")
+        say(f"follow it with: {job.follower(address)}\n")
         return
     try:
         code = job.follow(say)
     except KeyboardInterrupt:
-        click.echo(f"stopping {job.name}; once more does not wait for its end", err=True)
+        echo(f"stopping {job.name}; once more does not wait for its end", err=True)
         job.stop()
         raise
     sys.exit(code)
@@ -140,13 +142,12 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
 @reports_errors
 def compare(runs: tuple[Path, ...], output: Path) -> None:
     """Compare the candidates of finished RUNS, sampled on the same prompts, in one report."""
-    from rich.console import Console
-
     from rlhf.report.runs import compare_runs
     from rlhf.report.table import comparison_table, verdict
+    from rlhf.terminal import Terminal
 
     comparison = compare_runs(runs, output)
-    console = Console(highlight=False)
+    console = Terminal()
     console.print(comparison_table(comparison))
     console.print(printable(verdict(comparison)), markup=False)
     console.print(f"report: {output}", markup=False, soft_wrap=True)
@@ -162,15 +163,14 @@ def checkpoint() -> None:
 @reports_errors
 def list_checkpoints(run: Path) -> None:
     """Show the states saved in the run folder RUN: stage, step, age, size, and whether each is whole."""
-    from rich.console import Console
-
     from rlhf.report.states import states_table
+    from rlhf.terminal import Terminal
 
     table = states_table(run)
     if table is None:
-        click.echo(f"no states in {run}")
+        echo(f"no states in {run}")
     else:
-        Console(highlight=False).print(table)
+        Terminal().print(table)
 
 
 @checkpoint.command()
@@ -185,7 +185,7 @@ def verify(run: Path) -> None:
         hidden = len(found.problems) - MAX_LINES
         lines = found.problems if hidden <= 0 else [*found.problems[: MAX_LINES - 1], f"and {hidden + 1} more"]
         raise RlhfError("\n".join(lines))
-    click.echo(f"OK {found.states} states, {found.models} models")
+    echo(f"OK {found.states} states, {found.models} models")
 
 
 @main.group()
@@ -248,10 +248,10 @@ def schema() -> None:
 
     from rlhf.recipe.schema import Recipe
 
-    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-for command in (init, status, runs, export, serve, chat, evaluate):
+for command in (init, status, runs, export, serve, chat, evaluate, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

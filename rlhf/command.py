@@ -15,8 +15,8 @@ import click
 
 from rlhf import disk
 from rlhf.errors import RecipeError, ResourceError, RlhfError
-from rlhf.interrupts import Interrupted
-from rlhf.untrusted import printable
+from rlhf.interrupts import COMMAND, Interrupted
+from rlhf.untrusted import echo, printable
 
 MAX_LINES = 6
 LONGEST = 4000
@@ -30,6 +30,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
     def wrapper(*, debug: bool, **arguments: Any) -> None:
+        COMMAND.set()
         try:
             command(**arguments)
         except RlhfError as error:
@@ -43,14 +44,14 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             _tell(f"interrupted{at}; the same command goes on")
             leave(stop.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             _show_traceback(debug)
             if code := disk.refusal(error):
-                _tell("error: " + printable(str(disk.told(error, code, Path.cwd(), "cannot be written")), LONGEST))
+                _tell(f"error: {printable(str(disk.told(error, code, Path.cwd(), 'cannot be written')), LONGEST)}")
                 sys.exit(ResourceError.exit_code)
             said = printable(f"unexpected {type(error).__name__}: {error}", LONGEST)
             _tell(f"error: {said}; --debug shows the traceback")
@@ -69,14 +70,14 @@ def leave(code: int) -> NoReturn:
 def _tell(text: str) -> None:
     """Print to the error stream; where that goes to a disk that takes no more, the exit code alone must tell."""
     try:
-        click.echo(text, err=True)
+        echo(text, err=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (or the flush at the end would change the exit code)
 
 
 def _show_traceback(wanted: bool) -> None:
     if wanted:
-        click.echo(printable(traceback.format_exc()), err=True)
+        echo(traceback.format_exc(), err=True)
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,10 +1,16 @@
 """Errors meant for people: one clear message each, with the exit code of the command line."""
 
+from typing import Self
+
 
 class RlhfError(Exception):
     """A failure with a message for the user; `exit_code` is what the process returns."""
 
     exit_code = 5
+
+    def within(self, place: str) -> Self:
+        """Return the same error with a place named before its message."""
+        return type(self)(f"{place}: {self}")
 
 
 class RecipeError(RlhfError):
@@ -33,6 +39,22 @@ class TrainingError(RlhfError):
 
 class LostProcess(TrainingError):
     """A process of a role died or no longer answers; the stage can go on from its last saved state with another."""
+
+    def second(self) -> TrainingError:
+        """Return what is said where the same call failed so twice in a row in the same place."""
+        return TrainingError(f"{self}; that was the second time in the same place, so it is not tried again")
+
+
+class LateProcess(LostProcess):
+    """A process that is there made no progress within its deadline; `call` names role and method, as `policy.train`."""
+
+    call = ""
+
+    def within(self, place: str) -> Self:
+        """Return it with a place named before its message."""
+        error = super().within(place)
+        error.call = self.call
+        return error
 
 
 class GuardError(RlhfError):

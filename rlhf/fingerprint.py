@@ -21,6 +21,8 @@ SHAPE = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings",
 )  # fmt: skip
+WITHOUT_RESULT = {"max_tokens_per_microbatch", "samples"}
+"""Settings of a stage that do not bear on its result."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 RESULTS = {
     "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 1,
@@ -48,7 +50,7 @@ def stage_content(
     at their defaults, for `completed`.
     """
     files = sorted(_files(stage))
-    dumped = stage.model_dump(mode="json", exclude={"max_tokens_per_microbatch"}, exclude_defaults=exclude_defaults)
+    dumped = stage.model_dump(mode="json", exclude=WITHOUT_RESULT, exclude_defaults=exclude_defaults)
     settings = json.dumps(dumped, sort_keys=True)
     for file in files:
         settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])

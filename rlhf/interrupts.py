@@ -10,6 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+COMMAND = threading.Event()
+"""Set where this process is a command of ours, which may end it at once; a process that imports us is its user's."""
 
 
 class Interrupted(BaseException):

@@ -16,6 +16,7 @@ from rlhf.engines.hf_generate import TransformersEngine
 from rlhf.engines.learner import ModelLearner
 from rlhf.engines.shares import assemble, token_scores
 from rlhf.fingerprint import architecture_digest
+from rlhf.manifest import Seal
 from rlhf.recipe.schema import Recipe
 from rlhf.roles import EnginePart, Ready, RolloutEngine, WeightReceipt
 from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
@@ -72,10 +73,9 @@ class LocalModel:
         """Return the bytes that `save_state` writes."""
         return Ready(self.learner.state_bytes())
 
-    def save_state(self, folder: Path) -> Ready[None]:
-        """Write what training goes on from."""
-        self.learner.save_state(folder)
-        return Ready(None)
+    def save_state(self, folder: Path) -> Ready[dict[str, Seal]]:
+        """Write what training goes on from; return the files' seals."""
+        return Ready(self.learner.save_state(folder))
 
     def load_state(self, folder: Path) -> Ready[None]:
         """Go on from it."""

@@ -35,21 +35,29 @@ class DamagedManifest(Exception):
     """A manifest is missing, unreadable or not as it was written; the message says which, for people."""
 
 
-def seal(folder: Path) -> dict[str, Seal]:
+def seal(folder: Path, known: Mapping[str, Seal] | None = None) -> dict[str, Seal]:
     """Flush every file and folder below `folder` to disk and return the seals of its files by relative path.
 
-    Raises OSError when one cannot be read or flushed, and TrainingError for a symbolic link or a device: what it
-    shows could change without the folder changing.
+    Files in `known` were sealed and flushed by the processes that wrote them: they must be there in the sealed size,
+    and are not read again. Raises OSError when a file cannot be read or flushed, and TrainingError when a known file is
+    not as it was sealed, or for a symbolic link or a device: what it shows could change without the folder changing.
     """
     files, folders, odd = _contents(folder)
     if odd:
         name, what = next(iter(odd.items()))
         raise TrainingError(f"{folder / name}: {what}; only plain files and folders can be kept")
-    with _readers(len(files)) as pool:
-        seals = dict(zip(files, pool.map(_read_and_flush, files.values()), strict=True))
+    seals = {name: _confirmed(folder, name, given, files.get(name)) for name, given in (known or {}).items()}
+    unread = {name: path for name, path in files.items() if name not in seals}
+    with _readers(len(unread)) as pool:
+        seals |= zip(unread, pool.map(seal_file, unread.values()), strict=True)
     for below in (*folders, folder):
         flush_folder(below)
-    return seals
+    return {name: seals[name] for name in files}
+
+
+def seal_file(path: Path) -> Seal:
+    """Flush one file to disk and return its seal."""
+    return _read(path, flush=True)
 
 
 def broken(folder: Path, sealed: Mapping[str, Any]) -> list[str]:
@@ -179,8 +187,13 @@ def _unreadable(path: Path, error: OSError) -> str:
     ) from error
 
 
-def _read_and_flush(path: Path) -> Seal:
-    return _read(path, flush=True)
+def _confirmed(folder: Path, name: str, given: Seal, path: Path | None) -> Seal:
+    """Return the seal of a file that another process wrote, once the file is there in its size."""
+    size = path.lstat().st_size if path else None
+    if size != given["size"]:
+        seen = "it is not there" if size is None else f"it has {size} here; does this machine see the same disk?"
+        raise TrainingError(f"{folder / name}: its writer left {given['size']} bytes, and {seen}")
+    return given
 
 
 def _read(path: Path, flush: bool) -> Seal:

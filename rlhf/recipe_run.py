@@ -10,12 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
 from rlhf.done_file import damaged, read_done
 from rlhf.errors import DataError, RecipeError
 from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
+from rlhf.pruning import sweep
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.plan import headline, make_plan
 from rlhf.recipe.resources import local_resources
@@ -27,11 +29,13 @@ from rlhf.report.table import comparison_table, verdict
 from rlhf.rewards.function import check_functions
 from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
-from rlhf.run_folder import locked, logged, write_inputs
+from rlhf.run_folder import locked, write_inputs
+from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
 from rlhf.stage_places import DONE, stage_folder
 from rlhf.stage_run import Surroundings, check_stages, run_stages
+from rlhf.terminal import Terminal
 
 
 def run_recipe(
@@ -54,9 +58,10 @@ def run_recipe(
         raise RecipeError(f"--restart {sorted(unknown)[0]}: the recipe has no such stage")
     folder = (output or recipe.output_dir / recipe.name).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    console = console or Console()
+    console = console or Terminal()
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder) as recorder:
+        sweep(default_cache())
         resources = local_resources()
         console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)
         models = _models(recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
+    from rlhf.manifest import Seal
     from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
 
 T_co = TypeVar("T_co", covariant=True)
@@ -72,8 +73,11 @@ class Learner(Protocol):
         """Return how many bytes `save_state` writes, about."""
         ...
 
-    def save_state(self, folder: Path) -> Pending[None]:
-        """Write what training goes on from into a folder: weights in float32, moments, count of updates."""
+    def save_state(self, folder: Path) -> Pending[Mapping[str, Seal]]:
+        """Write what training goes on from into a folder: weights in float32, moments, count of updates.
+
+        The files are flushed; their seals come back by name.
+        """
         ...
 
     def load_state(self, folder: Path) -> Pending[None]:

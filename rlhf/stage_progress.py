@@ -36,9 +36,13 @@ class Progress:
 def read_progress(folder: Path) -> Progress | None:
     """Return how far the stage of a folder is, None where it does not say."""
     try:
-        return Progress(**json.loads((folder / PROGRESS).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = Progress(**json.loads((folder / PROGRESS).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    counts = (found.step, found.total, found.first)
+    times = (found.began, found.updated)
+    whole = isinstance(found.label, str) and all(isinstance(count, int) for count in counts)
+    return found if whole and all(isinstance(seconds, int | float) for seconds in times) else None
 
 
 class StageProgress:

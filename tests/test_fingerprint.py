@@ -138,6 +138,7 @@ def test_a_setting_changes_its_stage_and_what_follows(folder, override, expected
         "ray.call_timeout_s=9",
         "tracking={wandb: {project: p}}",
         "roles.policy.cpus=2",
+        "stages.ppo.samples={every: 5, keep: 3}",
         *(f"stages.{name}.max_tokens_per_microbatch=512" for name in sorted(ALL)),
     ],
 )

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from rlhf import command
 from rlhf.checkpoint import states
 from rlhf.cli import main
-from rlhf.errors import LostProcess
+from rlhf.errors import LateProcess, LostProcess
 from rlhf.fingerprint import differences
 from rlhf.interrupts import Interrupted, Interrupts
 from rlhf.local import LocalLauncher, LocalModel, LocalRollout
@@ -160,6 +160,49 @@ def test_what_is_lost_too_often_ends_the_run(folder, monkeypatch):
     monkeypatch.setattr(LocalLauncher, "policy", lost)
     result = run(folder, "--set", "recovery.restarts=2")
     assert (result.exit_code, result.stdout.count("goes on with new processes")) == (5, 2)
+
+
+def late(call):
+    error = LateProcess("policy.train gave no answer within 9 s (ray.call_timeout_s); raise ray.call_timeout_s")
+    error.call = call
+    return error
+
+
+@pytest.mark.parametrize(
+    ("calls", "retries", "code"),
+    [
+        (["policy.train", "policy.train"], 1, 5),  # twice in the same step: no third attempt
+        (["policy.train", "policy.logprobs", "policy.train"], 3, 0),  # other calls, so it is worth a try
+    ],
+)
+def test_a_deadline_that_is_missed_twice_in_the_same_place_ends_the_run(folder, monkeypatch, calls, retries, code):
+    named = iter(calls)
+
+    class Late(LocalModel):
+        def train(self, *arguments):
+            if call := next(named, None):
+                raise late(call)
+            return super().train(*arguments)
+
+    monkeypatch.setattr(LocalLauncher, "policy", lambda self, spec: Late(spec))
+    result = run(folder)
+    assert (result.exit_code, result.stdout.count("goes on with new processes")) == (code, retries)
+    if code:
+        assert "raise ray.call_timeout_s; that was the second time in the same place" in result.stderr
+
+
+def test_a_deadline_that_is_missed_in_another_step_is_another_place(folder, monkeypatch):
+    updates = iter([False, True, False, True])  # the second update of each attempt
+
+    class Late(LocalModel):
+        def train(self, *arguments):
+            if next(updates, False):
+                raise late("policy.train")
+            return super().train(*arguments)
+
+    monkeypatch.setattr(LocalLauncher, "policy", lambda self, spec: Late(spec))
+    result = run(folder)
+    assert (result.exit_code, result.stdout.count("goes on with new processes")) == (0, 2)
 
 
 def test_signals_wait_where_they_may_and_the_second_does_not():

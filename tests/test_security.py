@@ -19,7 +19,7 @@ from rlhf.errors import RecipeError
 from rlhf.models.folder import check_folder
 from rlhf.models.loading import load_causal
 from rlhf.progress import Display
-from rlhf.run_folder import logged
+from rlhf.run_log import logged
 from rlhf.untrusted import keep_secret, printable, redacted
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from rlhf.amounts import duration
 from rlhf.cli import main
-from rlhf.report.status import duration, in_use, last_metrics, read_status
+from rlhf.report.status import in_use, last_metrics, read_status
 from rlhf.tracking import Tracker
 
 RECIPE = """\

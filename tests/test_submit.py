@@ -133,7 +133,7 @@ def test_too_large_names_the_largest_file_and_the_remedy(project):
     upload = collect(load_recipe(project / "mine/trial.yaml"))
     submit.check_size(upload, 100 * 2**20)
     with pytest.raises(
-        RecipeError, match=r"make an upload of 101 MiB, and Ray takes 100 MiB: the largest is mine/trial"
+        RecipeError, match=r"make an upload of 101 MiB, and Ray takes 100 MiB: the largest are mine/trial"
     ):
         submit.check_size(upload, 101 * 2**20)
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from rlhf.cli import main
 from rlhf.errors import RecipeError
 from rlhf.progress import Display
 from rlhf.recipe.load import load_recipe
+from rlhf.report.curves import read_curve
 from rlhf.sinks.base import Sinks, open_sinks
 from rlhf.sinks.tensorboard import TensorboardSink
 from rlhf.sinks.wandb import WandbSink
@@ -95,6 +97,116 @@ def test_a_step_without_metrics_is_shown_and_not_recorded(tracker, shown):
     assert not tracker.path.exists()
     assert tracker.step == 3
     assert shown.getvalue().splitlines()[-1] == "ppo: step 3/3  length 7  eta 0s"
+
+
+@pytest.fixture
+def recorded(tracker):
+    """A tracker that has recorded three steps, and a mark behind the third."""
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": step / 2, "kl": math.nan if step == 2 else 1.0})
+    return tracker, tracker.mark()
+
+
+def again(tracker: Tracker) -> Tracker:
+    """Return the tracker of the process that goes on in the same folder."""
+    return Tracker("ppo", tracker.folder, tracker.display, None)
+
+
+def test_a_file_cut_anywhere_keeps_its_whole_rows_says_how_many_are_missing_and_goes_on(recorded, shown):
+    tracker, mark = recorded
+    data = tracker.path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    ends = [sum(map(len, lines[: number + 1])) for number in range(3)]
+    for size in range(len(data) + 1):
+        tracker.path.write_bytes(data[:size])
+        shown.truncate(0)
+        after = again(tracker)
+        after.rewind(mark)
+        whole = sum(end <= size for end in ends)
+        assert tracker.path.read_bytes() == b"".join(lines[:whole])
+        assert [row["step"] for row in after.curve] == [1, 2, 3][:whole]
+        assert after.step == 3
+        said = shown.getvalue()
+        assert (f"goes on without {3 - whole} of its earlier rows: {tracker.path}" in said) == (whole < 3)
+        after.log(4, {"loss": 2.0})
+        assert rows(after)[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b'{"step": 4, "lo', b"\0\n\0\n", b'{"step": 4}\n'])
+def test_what_follows_the_mark_is_forgotten_whatever_it_is(recorded, tail):
+    tracker, mark = recorded
+    data = tracker.path.read_bytes()
+    tracker.path.write_bytes(data + tail)
+    again(tracker).rewind(mark)
+    assert tracker.path.read_bytes() == data
+
+
+def test_zeros_in_place_of_the_last_rows_are_cut_off(recorded, shown):
+    tracker, mark = recorded
+    data = tracker.path.read_bytes()
+    first = data.index(b"\n") + 1
+    tracker.path.write_bytes(data[:first] + bytes(len(data) - first))
+    after = again(tracker)
+    after.rewind(mark)
+    assert tracker.path.read_bytes() == data[:first]
+    assert "goes on without 2 of its earlier rows" in shown.getvalue()
+
+
+def test_a_damaged_row_between_others_costs_that_row_alone(recorded, shown):
+    tracker, mark = recorded
+    lines = tracker.path.read_bytes().splitlines(keepends=True)
+    tracker.path.write_bytes(lines[0] + lines[1].replace(b'"step"', b"\0\0\0\0\0\0") + lines[2])
+    after = again(tracker)
+    after.rewind(mark)
+    assert [row["step"] for row in after.curve] == [1, 3]
+    assert "goes on without 1 of its earlier rows" in shown.getvalue()
+    after.log(4, {"loss": 2.0})
+    assert [row["step"] for row in read_curve(tracker.path)] == [1, 3, 4]
+    assert [row["step"] for row in after.curve] == [1, 3, 4]
+
+
+def test_a_file_that_is_gone_leaves_an_empty_curve(recorded, shown):
+    tracker, mark = recorded
+    tracker.path.unlink()
+    tracker.rewind(mark)
+    assert tracker.curve == []
+    assert not tracker.path.exists()
+    assert "goes on without 3 of its earlier rows" in shown.getvalue()
+
+
+def test_a_curve_that_comes_back_is_the_one_that_was_logged(recorded):
+    tracker, mark = recorded
+    before = [dict(row) for row in tracker.curve]
+    after = again(tracker)
+    after.rewind(mark)
+    assert str(after.curve) == str(before)  # NaN is not equal to itself
+
+
+def test_marks_of_earlier_versions_have_no_number_of_rows(recorded, shown):
+    tracker, mark = recorded
+    del mark["rows"]
+    tracker.path.write_bytes(tracker.path.read_bytes()[:-1])
+    again(tracker).rewind(mark)
+    assert "goes on without 1 of its earlier rows" in shown.getvalue()
+
+
+def test_all_that_a_state_refers_to_is_flushed_with_its_mark_and_no_step_before(tracker, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}"))))
+    sample = tmp_path / "samples" / "step-00001.jsonl"
+    sample.parent.mkdir()
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+        sample.write_text("{}\n")
+        tracker.wrote(sample)
+        tracker.wrote(tmp_path / "removed meanwhile")
+    assert flushed == []
+    tracker.mark()
+    assert set(flushed) == {tracker.path, sample, sample.parent, tmp_path, tmp_path.parent, tmp_path.parents[1]}
+    assert flushed.index(sample) < flushed.index(sample.parent) < flushed.index(tmp_path)
+    flushed.clear()
+    tracker.mark()
+    assert set(flushed) == {tracker.path, tmp_path}
 
 
 class Recorder:
@@ -257,7 +369,7 @@ def test_trackio_keeps_every_step_once_in_a_local_database(recipe):
     assert (runs, rows) == (2, [[1, 1.0], [2, 2.0], [3, 0.5]])
     assert "tiny://llama" in config
     everything = b"".join(path.read_bytes() for path in (recipe.parent / "trackio").rglob("*") if path.is_file())
-    for secret in (b"ray-head.internal", b"a-secret-of-mine"):
+    for secret in (b"ray-head.internal", b"a-secret-of-mine", str(recipe.parent).encode()):
         assert secret not in everything
 
 
@@ -268,8 +380,9 @@ def test_how_far_a_stage_is_stands_in_its_folder(tracker, tmp_path):
     assert found is not None
     assert (found.step, found.total, found.first) == (3, 3, 2)
     assert found.rest == 0.0
-    (tmp_path / "progress.json").write_text("{")
-    assert read_progress(tmp_path) is None
+    for text in ("{", "", "\0\0", "[]", "7", '{"step": "3"}', '{"label": 1}', '{"began": null}', '{"else": 1}'):
+        (tmp_path / "progress.json").write_text(text)
+        assert read_progress(tmp_path) is None
 
 
 def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path, monkeypatch):
@@ -297,6 +410,9 @@ def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path,
     everything = b"".join(path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())
     for secret in (b"ray-head.internal", b"a-secret-of-mine"):
         assert secret not in everything
+    sent = [record, *record.parent.joinpath("files").rglob("*")]  # what `wandb sync` would send; not its own logs
+    for private in (str(tmp_path), socket.gethostname(), sys.executable):
+        assert not [path for path in sent if path.is_file() and private.encode() in path.read_bytes()], private
 
 
 def test_who_watches_sees_the_curve_so_far_after_every_step(tmp_path):

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.text import Text
 
 from rlhf.bench.measure import Cluster, Options, measure
 from rlhf.bench.table import print_table
 from rlhf.errors import ResourceError
+from rlhf.terminal import Terminal
 from rlhf.untrusted import printable
 
 NARROW, WIDTH = 100, 140
@@ -25,7 +26,7 @@ def bench(options: Options, cluster: Cluster, output: Path | None) -> int:
         raise ResourceError(f"--json: there is no folder {output.absolute().parent}")
     with _progress() as say:
         result = measure(options, cluster, say)
-    console = Console(highlight=False)
+    console = Terminal()
     if console.width < NARROW or not console.is_terminal:
         console.width = WIDTH
     print_table(result, console)
@@ -37,9 +38,9 @@ def bench(options: Options, cluster: Cluster, output: Path | None) -> int:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Show on a terminal what is being measured; nothing otherwise."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
         return
     with console.status("starting") as status:
-        yield lambda text: status.update(printable(text))
+        yield lambda text: status.update(Text(printable(text)))

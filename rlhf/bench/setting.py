@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from pydantic import TypeAdapter
 
-from rlhf.models.cache import build_once, default_cache, file_digest
+from rlhf.models.cache import default_cache, file_digest, held_model
 from rlhf.models.loading import resolve_model
 from rlhf.recipe.base import FunctionJudge, ModelJudge, PathData
 from rlhf.recipe.resources import threads
@@ -125,7 +125,7 @@ def own_model() -> Path:
         positions=2048,
         dtype=torch.bfloat16,
     )
-    return build_once(default_cache(), "bench-llama", f"{build.keywords} {file_digest(Path(tiny.__file__))}", build)
+    return held_model(default_cache(), "bench-llama", f"{build.keywords} {file_digest(Path(tiny.__file__))}", build)
 
 
 def _stage(recipe: Recipe, kind: str) -> Stage:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
+from rlhf.untrusted import echo
 
 if TYPE_CHECKING:
     from rlhf.serving.talk import Talker
@@ -32,15 +33,14 @@ def chat(
     Reads standard input line by line where it is no terminal.
     """
     quiet_libraries()
-    from rich.console import Console
-
     from rlhf.serving.chat import HELP, Chat
     from rlhf.serving.talk import Style
+    from rlhf.terminal import Terminal
 
     talkers = _talkers(models, url, api_key_env)
-    conversation = Chat(talkers, Style(temperature, max_tokens, seed), Console(highlight=False))
+    conversation = Chat(talkers, Style(temperature, max_tokens, seed), Terminal())
     if sys.stdin.isatty():
-        click.echo(f"{' | '.join(talker.name for talker in talkers)}: {HELP}")
+        echo(f"{' | '.join(talker.name for talker in talkers)}: {HELP}")
     conversation.run(_typed() if sys.stdin.isatty() else sys.stdin)
 
 
@@ -67,5 +67,5 @@ def _typed() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            click.echo()
+            echo("")
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
+from rlhf.untrusted import echo
 
 
 @click.command("eval")
@@ -35,15 +36,14 @@ def evaluate(
 ) -> None:
     """Evaluate stages (or model folders) on the tasks of lm-evaluation-harness, in one table."""
     quiet_libraries()
-    from rich.console import Console
-
     from rlhf.export.source import find_models
     from rlhf.serving import harness
+    from rlhf.terminal import Terminal
 
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     wanted = harness.Wanted(names, task_folder, limit, fewshot, batch_size, chat_template)
     scores = harness.evaluate(find_models(models), wanted)
-    Console(highlight=False).print(harness.table(scores))
+    Terminal().print(harness.table(scores))
     if output is not None:
         harness.write_scores(output, scores, wanted)
-        click.echo(f"scores: {output}")
+        echo(f"scores: {output}")

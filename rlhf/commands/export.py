@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
+from rlhf.untrusted import echo
 
 if TYPE_CHECKING:
     from rlhf.export.gguf import GgufType
@@ -48,5 +49,5 @@ def export(stage: Path, form: Form, output: Path | None, kind: GgufType, verify:
     from rlhf.export.write import export as export_stage
 
     made = export_stage(stage, form, kind, output, verify)
-    click.echo(f"verified: {made.verified}" if verify else "not verified")
-    click.echo(f"exported: {made.folder}")
+    echo(f"verified: {made.verified}" if verify else "not verified")
+    echo(f"exported: {made.folder}")

@@ -10,6 +10,7 @@ import click
 
 from rlhf.command import quiet_libraries, reports_errors
 from rlhf.errors import RecipeError
+from rlhf.untrusted import echo
 
 if TYPE_CHECKING:
     from rlhf.data.reading import Purpose
@@ -62,7 +63,7 @@ def init(
     purpose: Purpose = purpose_of(PathData(path=data))
     fitting = USES[purpose]
     if asks:
-        click.echo(f"{data} holds {purpose}; that serves {', '.join(fitting)}")
+        echo(f"{data} holds {purpose}; that serves {', '.join(fitting)}")
     chosen = method or _ask("Method", fitting[0], asks, METHODS)
     count = gpus if gpus is not None else int(_ask("GPUs (0: CPU)", str(_visible_gpus()), asks))
     choices = Choices(
@@ -100,9 +101,9 @@ def _visible_gpus() -> int:
 
 def _tell(choices: Choices, written: list[Path]) -> None:
     for path in written:
-        click.echo(f"wrote {path}")
+        echo(f"wrote {path}")
     recipe = written[-1]
-    click.echo(f"OK {choices.name}: {' -> '.join(choices.stages)}")
+    echo(f"OK {choices.name}: {' -> '.join(choices.stages)}")
     if any(path.name == "judge.py" for path in written):
-        click.echo("judge.py is a placeholder: write into it what you want of an answer")
-    click.echo(f"next: rlhf plan {recipe}; rlhf run {recipe}")
+        echo("judge.py is a placeholder: write into it what you want of an answer")
+    echo(f"next: rlhf plan {recipe}; rlhf run {recipe}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rlhf.command import reports_errors
+from rlhf.untrusted import echo
 
 WIDTH = 110
 
@@ -20,14 +21,13 @@ def runs(folder: Path, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from rlhf.report.listing import list_runs, render_runs
+    from rlhf.terminal import Terminal
 
     found = list_runs(folder)
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        echo(json.dumps(asdict(found), indent=2))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     console.width = max(console.width, WIDTH)
     console.print(render_runs(found))

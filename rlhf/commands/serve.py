@@ -9,6 +9,7 @@ import sys
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
+from rlhf.untrusted import echo
 
 
 @click.command()
@@ -18,9 +19,22 @@ from rlhf.command import quiet_libraries, reports_errors
 @click.option("--api-key-env", metavar="VAR", help="The variable with the key that requests must show.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores otherwise.")
 @click.option("--max-length", type=click.IntRange(8), help="Tokens of prompt and answer; what the model has otherwise.")
+@click.option(
+    "--ready-timeout",
+    default=900.0,
+    show_default=True,
+    type=click.FloatRange(min=1),
+    help="Seconds that vLLM may show no progress until it is ready.",
+)
 @reports_errors
 def serve(
-    models: tuple[str, ...], host: str, port: int, api_key_env: str | None, threads: int | None, max_length: int | None
+    models: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key_env: str | None,
+    threads: int | None,
+    max_length: int | None,
+    ready_timeout: float,
 ) -> None:
     """Serve stages (or model folders) with vLLM, each under its name, until Ctrl-C.
 
@@ -37,15 +51,15 @@ def serve(
     if not endpoint.on_loopback:
         _check_open(host, key)
     serving = plan_serving(find_models(models))
-    limits = Limits(threads or len(os.sched_getaffinity(0)), max_length)
-    click.echo(f"starting vLLM with {', '.join(serving.names)} ...")
+    limits = Limits(threads or len(os.sched_getaffinity(0)), max_length, ready_timeout)
+    echo(f"starting vLLM with {', '.join(serving.names)} ...")
     try:
         with Interrupts(), running(serving, endpoint, limits) as server:
-            click.echo(f"ready: {endpoint.url}  models: {', '.join(serving.names)}")
-            click.echo(_example(endpoint.url, serving.names[-1], api_key_env))
+            echo(f"ready: {endpoint.url}  models: {', '.join(serving.names)}")
+            echo(_example(endpoint.url, serving.names[-1], api_key_env))
             server.wait()
     except Interrupted as stop:
-        click.echo("stopped")
+        echo("stopped")
         sys.exit(stop.exit_code)
 
 
@@ -69,7 +83,7 @@ def _check_open(host: str, key: str) -> None:
         raise RecipeError(
             f"--host {host} lets other machines in: give --api-key-env VAR with a key that requests must show"
         )
-    click.echo(f"warning: {host} is reachable from other machines; the key and all texts travel unencrypted", err=True)
+    echo(f"warning: {host} is reachable from other machines; the key and all texts travel unencrypted", err=True)
 
 
 def _example(url: str, name: str, key: str | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rlhf.command import reports_errors
+from rlhf.untrusted import echo
 
 WIDTH = 110
 
@@ -20,14 +21,13 @@ def status(run: Path, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from rlhf.report.status import read_status, render_status
+    from rlhf.terminal import Terminal
 
     found = read_status(run)
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=2))
+        echo(json.dumps(asdict(found), indent=2))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     console.width = max(console.width, WIDTH)
     console.print(render_status(found))

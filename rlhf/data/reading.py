@@ -17,7 +17,7 @@ from rlhf.data.validation import MissingColumn
 from rlhf.errors import DataError
 from rlhf.recipe.base import Format, HubData, PathData
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rlhf")
 BY_FORMAT: dict[Format, Purpose] = {
     "messages": "conversations",
     "prompt_completion": "conversations",

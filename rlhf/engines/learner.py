@@ -22,6 +22,7 @@ from rlhf.engines.shares import Part, filled
 from rlhf.engines.state_files import StateFiles, write_state
 from rlhf.engines.torch_engine import TorchEngine
 from rlhf.errors import RecipeError
+from rlhf.manifest import Seal
 from rlhf.models.adapter import adapter_config, adapter_weights, save_adapter
 from rlhf.models.classifier import load_classifier
 from rlhf.models.flat_attention import runs_flat, use_flat_attention
@@ -33,6 +34,7 @@ from rlhf.models.saving import save_merged
 from rlhf.models.scalar import fold_standardisation, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.models.tuning import adapters_off, apply_tuning, trainable_parameters, unwrapped
+from rlhf.pulse import PULSE
 from rlhf.recipe.tuning_support import support
 from rlhf.seeding import derive
 from rlhf.types import Metrics, Rows, TokenBatch
@@ -56,7 +58,8 @@ class ModelLearner:
         self.rank, ranks = position() if _wants_group(spec) else (0, 1)
         if ranks != spec.ranks:
             raise RuntimeError(f"{spec.role} is one of {spec.ranks} ranks, but {ranks} have joined")
-        model = _loaded(spec)
+        with PULSE.within_library(f"loading {spec.checkpoint.name}"):
+            model = _loaded(spec)
         if spec.tuning is None or support(spec.tuning).flat:
             use_flat_attention(model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +72,7 @@ class ModelLearner:
         self.model = model.eval()
         self.parked: Parked | None = None
         self.updates = 0
-        with exchanging(f"{spec.role}.build"):
+        with exchanging(f"{spec.role}.build"), PULSE.within_library(f"building {spec.role}"):
             self.engine = self._engine()
 
     def train(
@@ -155,12 +158,12 @@ class ModelLearner:
     def save(self, folder: Path) -> None:
         """Let rank 0 write a Hugging Face folder with adapters merged, and the tokenizer."""
         tokenizer = load_tokenizer(self.spec.checkpoint)
-        with exchanging(f"{self.spec.role}.save"):
+        with exchanging(f"{self.spec.role}.save"), PULSE.within_library(f"writing {folder.name}"):
             save_merged(self.model, tokenizer, folder, self.spec.dtype, self._gathered, write=self.rank == 0)
 
     def save_adapter(self, folder: Path) -> None:
         """Let rank 0 write a PEFT folder of what was learned beside the model of the spec's checkpoint."""
-        with exchanging(f"{self.spec.role}.save_adapter"):
+        with exchanging(f"{self.spec.role}.save_adapter"), PULSE.within_library(f"writing {folder.name}"):
             save_adapter(self._adapted(), folder, self.spec.checkpoint, self._gathered, write=self.rank == 0)
 
     def state_bytes(self) -> int:
@@ -168,8 +171,10 @@ class ModelLearner:
         parameters: Sequence[Any] = trainable_parameters(self.model)
         return sum(12 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path) -> dict[str, Seal]:
         """Write this rank's share of what training goes on from, in files named by the role, into a folder.
+
+        Returns the seals of the files it wrote, by name.
 
         Raises:
             ResourceError: the folder has no room.
@@ -177,7 +182,7 @@ class ModelLearner:
         engine = self._training()
         with exchanging(f"{self.spec.role}.save_state"):
             counts = [("updates", torch.tensor(self.updates))]
-            write_state(chain(counts, engine.state()), folder, self.spec.role, self.rank, self.spec.ranks)
+            return write_state(chain(counts, engine.state()), folder, self.spec.role, self.rank, self.spec.ranks)
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `save_state` wrote, also when it was with other ranks or another ZeRO stage."""

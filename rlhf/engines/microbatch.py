@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from rlhf.pulse import PULSE
 from rlhf.types import Rows
 
 B = TypeVar("B", bound=Rows)
@@ -34,9 +35,10 @@ def rank_passes(batch: Rows, max_tokens: int, flat: bool, ranks: int = 1) -> lis
 
 
 def micro_batches(batch: B, max_tokens: int, flat: bool) -> Iterator[tuple[list[int], B]]:
-    """Yield (rows, those rows with shared padding dropped)."""
+    """Yield (rows, those rows with shared padding dropped); each pass counts as progress."""
     for rows in rank_passes(batch, max_tokens, flat)[0]:
         yield rows, batch.select(rows).trim()
+        PULSE.beat()
 
 
 def units(batch: Rows, max_tokens: int, flat: bool) -> list[Unit]:

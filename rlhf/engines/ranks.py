@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf.errors import TrainingError
+from rlhf.pulse import PULSE
 
 COLLECTIVES = "torch.distributed.distributed_c10d"
 TRANSPORTS = ("gloo", "NCCL")
@@ -87,6 +88,7 @@ def position() -> tuple[int, int]:
 @contextmanager
 def exchanging(what: str) -> Iterator[None]:
     """Make the failure of a collective a TrainingError that names it, this rank, and `what` was going on."""
+    PULSE.begin(what)
     try:
         yield
     except (dist.DistError, RuntimeError) as error:

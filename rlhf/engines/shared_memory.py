@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf.errors import RecipeError, ResourceError, TrainingError
+from rlhf.pulse import PULSE
 
 ALIGNMENT = 64
 BUCKET_BYTES = 64 * 2**20
@@ -89,6 +90,7 @@ class Buffer:
         Raises:
             ResourceError: memory has no room.
         """
+        PULSE.beat()
         start = self.used + -self.used % ALIGNMENT
         self.used = start + tensor.nbytes
         if self.used > len(self._bytes):
@@ -204,6 +206,7 @@ class Inbox:
                 raise TrainingError(
                     f"weights in {bucket.path} end after {len(data)} bytes, before the end of {name} at {end}"
                 )
+            PULSE.beat()
             self._checksum.begin(name, dtype_name, list(shape))
             self._checksum.take(memory[start:end])
             weights.append((name, data[start:end].view(getattr(torch, dtype_name)).view(shape)))
@@ -257,6 +260,7 @@ def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 yield name, tensors.get_tensor(name)
+                PULSE.beat()
 
 
 def _layout(bucket: Bucket) -> Iterator[tuple[str, str, list[int], tuple[int, int]]]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.pulse import PULSE
 from rlhf.types import Portable, Rows, TokenScores
 
 B = TypeVar("B", bound=Rows)
@@ -23,10 +24,14 @@ class Part(Portable):
 
 
 def filled(batch: B, passes: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], B]]:
-    """Yield (rows, those rows with shared padding dropped) of each pass; an empty pass gets the shortest row."""
+    """Yield (rows, those rows with shared padding dropped) of each pass; an empty pass gets the shortest row.
+
+    Each pass counts as progress.
+    """
     shortest = int(batch.lengths().argmin())
     for rows in passes:
         yield rows, batch.select(rows or [shortest]).trim()
+        PULSE.beat()
 
 
 def assemble(parts: Sequence[Part]) -> Tensor:

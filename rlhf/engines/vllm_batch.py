@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rlhf.errors import TrainingError
+from rlhf.pulse import PULSE
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -80,7 +81,9 @@ class SharedBatch:
                     owners |= dict.fromkeys(self._admit(call), call)
                 if not owners:
                     continue
-                for output in self.engine.step():
+                outputs = self.engine.step()
+                PULSE.beat()
+                for output in outputs:
                     if not output.finished or output.request_id not in owners:
                         continue
                     call = owners.pop(output.request_id)

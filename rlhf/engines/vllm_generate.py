@@ -17,6 +17,7 @@ from rlhf.engines.shared_memory import Inbox, folder_weights, send
 from rlhf.engines.vllm_batch import SharedBatch
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.pulse import PULSE
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.roles import EnginePart, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
@@ -69,23 +70,24 @@ class VllmEngine:
         self.adapter: LoRARequest | None = None
         self.gate = Gate(self.weights.check_serving)
         self.tokenizer = load_tokenizer(spec.checkpoint)
-        self.llm: LLM = LLM(
-            model=str(spec.checkpoint),
-            trust_remote_code=False,
-            load_format="safetensors",
-            dtype=spec.dtype,
-            seed=spec.seed,
-            max_model_len=spec.max_length,
-            max_num_seqs=spec.role.max_sequences,
-            tensor_parallel_size=spec.role.tensor_parallel,
-            distributed_executor_backend="uni" if spec.role.tensor_parallel == 1 else "mp",
-            gpu_memory_utilization=spec.role.gpu_memory_utilization,
-            enforce_eager=on_cpu,
-            logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=self.backend),
-            enable_sleep_mode=self.sleeps,
-            **adapter_settings(spec),
-        )
+        with PULSE.within_library(f"loading {spec.checkpoint.name} into vLLM"):
+            self.llm: LLM = LLM(
+                model=str(spec.checkpoint),
+                trust_remote_code=False,
+                load_format="safetensors",
+                dtype=spec.dtype,
+                seed=spec.seed,
+                max_model_len=spec.max_length,
+                max_num_seqs=spec.role.max_sequences,
+                tensor_parallel_size=spec.role.tensor_parallel,
+                distributed_executor_backend="uni" if spec.role.tensor_parallel == 1 else "mp",
+                gpu_memory_utilization=spec.role.gpu_memory_utilization,
+                enforce_eager=on_cpu,
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend=self.backend),
+                enable_sleep_mode=self.sleeps,
+                **adapter_settings(spec),
+            )
         self.batch = SharedBatch(self.llm.llm_engine)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
@@ -209,7 +211,7 @@ class VllmEngine:
         """Let each GPU worker read the folder itself."""
         self.weights.begin()
         self.gate.drain()
-        with self.weights.receiving(announcement):
+        with self.weights.receiving(announcement), PULSE.within_library(f"loading {folder.name} into vLLM"):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.adapter = None
         self._forget_prefixes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from rlhf.errors import DataError
 from rlhf.export.folders import CARD
 from rlhf.export.lineage import UNKNOWN, Base, base_of, lineage
 from rlhf.export.source import FinishedStage
-from rlhf.journal import Journal
+from rlhf.metrics_file import METRICS, MetricsFile
 from rlhf.report.json import read_json
 from rlhf.report.results import Comparison, show
 from rlhf.report.table import percent, verdict
@@ -120,7 +119,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 def _metrics(stage: FinishedStage) -> list[tuple[str, Any]]:
     """Return the stage's summary, and of the last row of its metrics what the summary does not say."""
     found = dict(stage.done.get("summary", {}))
-    last = next(iter(deque(Journal(stage.folder / "metrics.jsonl").rows(), maxlen=1)), {})
+    rows = MetricsFile(stage.folder / METRICS).read().rows
+    last = rows[-1] if rows else {}
     found |= {name: value for name, value in last.items() if name not in found and not MACHINERY.match(name)}
     kept = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
     return [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in kept.items()]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from rlhf.patient_lock import held
 
+from rlhf.cache import default_cache, hold
 
-def default_cache() -> Path:
-    """Return the cache root: `RLHF_CACHE` where it is set, else `~/.cache/rlhf`."""
-    return Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
+__all__ = ["build_once", "default_cache", "file_digest", "held_model"]
 
 
 def file_digest(file: Path) -> str:
@@ -27,8 +25,8 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
     """Return `cache/models/<name>-<digest of key>`; when it is not there yet, `build` writes it.
 
     `build` fills a folder beside it that is renamed when complete, under a lock, so that a run that is killed
-    or that runs at the same time never leaves or sees half a model. The digest covers the version of
-    transformers, whose conversion a cached folder is.
+    or that runs at the same time never leaves or sees half a model; whoever waits for another process says so. The
+    digest covers the version of transformers, whose conversion a cached folder is.
     """
     digest = hashlib.sha256(f"{key}\n{version('transformers')}".encode()).hexdigest()[:12]
     target = cache / "models" / f"{name}-{digest}"
@@ -36,10 +34,17 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with held(target.with_name(f".{target.name}.lock"), f"converting the model {name}"):
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             build(partial)
             partial.rename(target)
     return target
+
+
+def held_model(cache: Path, name: str, key: str, build: Callable[[Path], object]) -> Path:
+    """Return what `build_once` returns, held by this process: pruning leaves it alone until the process ends."""
+    while not hold(folder := build_once(cache, name, key, build)):
+        continue  # removed in that instant
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RecipeError
-from rlhf.models.cache import build_once, default_cache, file_digest
+from rlhf.models.cache import default_cache, file_digest, held_model
 from rlhf.models.folder import check_folder, loading
 from rlhf.recipe.schema import ModelSource
 
@@ -46,11 +46,11 @@ def _find(source: ModelSource, cache: Path) -> Path:
         from rlhf.models.gguf import import_gguf, locate_gguf
 
         file = locate_gguf(path)
-        return build_once(cache, file.stem, file_digest(file), lambda folder: import_gguf(file, folder))
+        return held_model(cache, file.stem, file_digest(file), lambda folder: import_gguf(file, folder))
     if path == "tiny://llama":
         from rlhf.models import tiny
 
-        return build_once(cache, "tiny-llama", file_digest(Path(tiny.__file__)), tiny.build_tiny)
+        return held_model(cache, "tiny-llama", file_digest(Path(tiny.__file__)), tiny.build_tiny)
     local = Path(path).expanduser()
     if local.is_dir():
         return local.resolve()
@@ -88,7 +88,7 @@ def _with_template(folder: Path, template: Path, cache: Path) -> Path:
             (target / file.name).symlink_to(file.resolve())
         (target / "chat_template.jinja").write_text(text, encoding="utf-8")
 
-    return build_once(cache, f"{folder.name}-{template.stem}", f"{folder}\n{stamps}\n{text}", link)
+    return held_model(cache, f"{folder.name}-{template.stem}", f"{folder}\n{stamps}\n{text}", link)
 
 
 def load_causal(folder: Path, dtype: str, **how: Any) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from rlhf.errors import RecipeError
 from rlhf.models.quantised import whole_weight
 from rlhf.models.tuning import ADAPTER, unwrapped
+from rlhf.pulse import PULSE
 
 BUCKET = 128 * 2**20
 """Bytes of parameters that are made whole at once where ranks hold parts of them."""
@@ -54,6 +55,7 @@ def merged_weights(
     for bucket in buckets(_checkpoint_sources(plain)):
         with gathered([part for source in bucket for part in source.parameters()]):
             for source in bucket:
+                PULSE.beat()
                 yield from revert_weight_conversion(plain, {source.name: source.merged()}).items()
 
 

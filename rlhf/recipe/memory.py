@@ -117,8 +117,8 @@ def learner_memory(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> LearnerM
 def _moments(model: Model, work: Pass, cut: Cut, on_gpu: bool) -> list[Memory]:
     """Return what learning takes beside weights and optimizer: at the loss, after the backward pass, in the step.
 
-    Where torch alone trains, a gradient of low precision moves to float32 as soon as it is formed, and on CPU the memory
-    of those in float32 is kept from step to step.
+    Where torch alone trains, a gradient of low precision moves to float32 as soon as it is formed, and on CPU the
+    memory of those in float32 is kept from step to step.
     """
     layer = kept(model, work, on_gpu)
     entered = model.size * work.tokens * model.shape.hidden

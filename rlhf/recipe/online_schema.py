@@ -40,6 +40,16 @@ class Overlong(Strict):
     penalty: Positive = Field(1.0, description="subtracted from the score of a response of max_response_tokens")
 
 
+class SampleFiles(Strict):
+    """Which steps' rollouts stay on disk for people to read: `samples/step-<n>.jsonl` of the stage."""
+
+    every: PositiveInt = Field(1, description="write the samples of every so many steps, beside the first")
+    keep: PositiveInt | None = Field(
+        40,
+        description="so many files stay: the newest half, the first, and a spread of those between; null keeps all",
+    )
+
+
 class OnlineStage(StageBase):
     """What they share: prompts, rollouts, a reward and the guards."""
 
@@ -65,6 +75,7 @@ class OnlineStage(StageBase):
     max_kl: Positive = Field(100.0, description="guard: stop when the sequence KL to the reference exceeds this")
     agreement: Agreement = Agreement()
     save_every: PositiveInt | None = Field(None, description="write a policy checkpoint every so many steps")
+    samples: SampleFiles = SampleFiles()
 
 
 class PolicyGradientStage(OnlineStage):

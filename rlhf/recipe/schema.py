@@ -51,7 +51,12 @@ class Ray(Strict):
 
     address: str | None = Field(None, pattern=r"^(auto|[^/]+:\d+)$", description="host:port of a running Ray, or auto")
     placement_timeout_s: NonNegativeFloat = 180
-    call_timeout_s: NonNegativeFloat = Field(1800, description="deadline of any single call to a role")
+    call_timeout_s: NonNegativeFloat = Field(
+        1800, description="so long may a process that works on a call make no progress; the call itself may take longer"
+    )
+    start_timeout_s: NonNegativeFloat = Field(
+        900, description="so long may a process that starts make no progress until it answers"
+    )
 
 
 class Best(Strict):

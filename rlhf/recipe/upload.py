@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +22,13 @@ from rlhf.recipe.schema import ModelSource, Recipe
 from rlhf.recipe.source import Node, parse, read_text
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
+SHOWN_LARGEST = 3
+SECRET_FILE = re.compile(
+    r"\.env(\..*)?|\.netrc|\.pgpass|\.npmrc|\.pypirc|\.git-credentials|auth_token|credentials(\..*)?|id_(rsa|dsa|ecdsa|ed25519)"
+    r"|.*\.(pem|key|p12|pfx|keytab|kdbx|jks)",
+    re.IGNORECASE,
+)
+SECRET_FOLDERS = {".ssh", ".aws", ".gnupg", ".kube", ".azure", ".docker"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,19 @@ class Upload:
         """Return the bytes of all files."""
         return sum(file.stat().st_size for file in self.files.values())
 
+    def describe(self) -> list[str]:
+        """Return every file that is uploaded, the largest first, and what is not, a line each."""
+        by_size = sorted(self.files.items(), key=lambda item: -item[1].stat().st_size)
+        lines = [f"uploading {len(by_size)} files, {_kib(self.size)}:"]
+        lines += [f"  {name} {_kib(file.stat().st_size)}{_points(file)}" for name, file in by_size]
+        lines += [f"not uploaded, must be on the cluster under the same path: {path}" for path in self.models]
+        return lines
+
+    def largest(self) -> str:
+        """Return the largest files and their sizes, for an error."""
+        by_size = sorted(self.files.items(), key=lambda item: -item[1].stat().st_size)
+        return ", ".join(f"{name} ({_mib(file.stat().st_size)})" for name, file in by_size[:SHOWN_LARGEST])
+
     def write(self, archive: Path) -> None:
         """Write the archive; equal files give equal bytes, whenever it is made."""
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
@@ -46,19 +69,22 @@ class Upload:
                 entry = zipfile.ZipInfo(name, EPOCH)
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 entry.external_attr = 0o644 << 16
-                target.writestr(entry, file.read_bytes())
+                with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
+                    shutil.copyfileobj(source, packed)
 
 
 def collect(loaded: LoadedRecipe) -> Upload:
-    """Return what to upload for a recipe that was loaded here; RecipeError when a file cannot be read."""
+    """Return what to upload for a recipe that was loaded here.
+
+    RecipeError when a file cannot be read, is no plain file, or looks like a secret; no file is read for that.
+    """
     chain = _chain(loaded.path)
     recipe = chain[0]
     named = list(_files(loaded.recipe, ()))
     files = sorted({*chain, *(file for _, file, _ in named)})
     top = Path(os.path.commonpath([file.parent for file in files]))
     for file in files:
-        if not os.access(file, os.R_OK):
-            raise RecipeError(f"{file}: not readable, so it cannot be uploaded")
+        _check(file)
     elsewhere = [
         _override(loaded.recipe, loc, os.path.relpath(file, recipe.parent) + function)
         for loc, file, function in named
@@ -72,6 +98,29 @@ def collect(loaded: LoadedRecipe) -> Upload:
         overrides=(*loaded.overrides, *elsewhere, "ray.address=auto"),
         models=tuple(dict.fromkeys(path for _, path in models)),
     )
+
+
+def _check(file: Path) -> None:
+    """Raise RecipeError for a file that must not, or cannot, be uploaded; a link is judged by what it leads to, too."""
+    if not os.access(file, os.R_OK):
+        raise RecipeError(f"{file}: not readable, so it cannot be uploaded")
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise RecipeError(f"{file}: no plain file, so it cannot be uploaded")
+    for path in (file, file.resolve()):
+        if SECRET_FILE.fullmatch(path.name) or SECRET_FOLDERS & set(path.parts[:-1]):
+            raise RecipeError(f"{file}: looks like a secret, so it is not uploaded; take it out of the recipe")
+
+
+def _points(file: Path) -> str:
+    return f" (a link to {file.resolve()})" if file.is_symlink() else ""
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 2**10:.1f} KiB"
 
 
 def _is_absolute(root: Node, loc: Loc) -> bool:

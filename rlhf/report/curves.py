@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 
-from rlhf.errors import DataError
+from rlhf.metrics_file import METRICS, MetricsFile, numbers
 from rlhf.stage_places import stage_folders
 
+log = logging.getLogger("rlhf")
 Curve = list[dict[str, float]]
 
 
@@ -15,10 +16,10 @@ def read_curves(run_folder: Path) -> dict[str, Curve]:
     """Read `stages/<name>/metrics.jsonl` of every stage that has one, in the order in which stages began.
 
     Rows come back sorted by step, one per step: lines of one step are merged, the later line winning, so a step
-    redone after a resume counts once. A torn last line (the process died while writing) is left out; any other
-    malformed line raises DataError.
+    redone after a resume counts once. A torn last line (the process died while writing) is left out; so is any other
+    damaged line, which a warning names.
     """
-    files = {folder.name: folder / "metrics.jsonl" for folder in stage_folders(run_folder)}
+    files = {folder.name: folder / METRICS for folder in stage_folders(run_folder)}
     curves = {name: read_curve(file) for name, file in files.items() if file.is_file()}
     started = {name: min((row.get("time", 0.0) for row in rows), default=0.0) for name, rows in curves.items()}
     return {name: curves[name] for name in sorted(curves, key=lambda name: started[name]) if curves[name]}
@@ -32,18 +33,11 @@ def series(curve: Curve, name: str) -> list[tuple[float, float]]:
 
 def read_curve(path: Path) -> Curve:
     """Read one `metrics.jsonl`, as `read_curves` says."""
+    found = MetricsFile(path).read()
+    if found.damaged:
+        more = f" and {len(found.damaged) - 1} more" if len(found.damaged) > 1 else ""
+        log.warning("%s:%d: damaged line%s, left out", path, found.damaged[0], more)
     rows: dict[float, dict[str, float]] = {}
-    lines = path.read_bytes().rstrip().split(b"\n")
-    for place, line in enumerate(lines):
-        try:
-            row = json.loads(line.decode("utf-8")) if line.strip() else {}
-        except ValueError as error:
-            if place == len(lines) - 1:
-                break
-            raise DataError(f"{path}:{place + 1}: malformed JSON ({error}); delete the line") from error
-        if not isinstance(row, dict) or (row and not isinstance(row.get("step"), (int, float))):
-            raise DataError(f"{path}:{place + 1}: not a JSON object with a numeric `step`; delete the line")
-        if row:
-            numbers = {name: float(value) for name, value in row.items() if isinstance(value, (int, float))}
-            rows.setdefault(numbers["step"], {}).update(numbers)
+    for row in map(numbers, found.rows):
+        rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]

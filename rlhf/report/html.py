@@ -14,12 +14,13 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from rlhf.privacy import public
 from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve
 from rlhf.report.figures import Plot, colour, frontier_plots, histogram_plots
 from rlhf.report.findings import diagnose
 from rlhf.report.learning import curve_plots
-from rlhf.report.recipes import recipe_differences
+from rlhf.report.recipes import RecipeDifference, recipe_differences
 from rlhf.report.results import FEWEST_PROMPTS, Comparison, PairedDifference, show
 from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.table import chance, percent, seeds, verdict
@@ -95,15 +96,24 @@ def write_html(
         stages=_stages(comparison, curves),
         cards=_cards(samples),
         names=[item.name for item in comparison.candidates],
-        differences=recipe_differences(list(recipes.values())),
-        runs=list(recipes),
-        facts=facts,
-        environment=environment or {},
+        differences=[_public(one) for one in recipe_differences(list(recipes.values()))],
+        runs=public(list(recipes)),
+        facts=public(facts),
+        environment=public(environment or {}),
         tints={item.name: colour(comparison, item.name) for item in comparison.candidates},
         percent=percent,
         fewest=FEWEST_PROMPTS,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _public(difference: RecipeDifference) -> RecipeDifference:
+    """Return a difference that says nothing of the machine; two paths of one name still differ by a number."""
+    shown: list[str] = public(list(difference.values))
+    kinds = list(dict.fromkeys(difference.values))
+    if len(set(shown)) < len(kinds):
+        shown = [f"{text} ({kinds.index(value) + 1})" for text, value in zip(shown, difference.values, strict=True)]
+    return RecipeDifference(difference.key, tuple(shown))
 
 
 def _content_policy(scripts: Sequence[str]) -> str:

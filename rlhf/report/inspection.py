@@ -16,7 +16,8 @@ from rlhf.data.parts import Segment
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.base import PathData
 from rlhf.recipe.schema import ModelSource
-from rlhf.untrusted import visible
+from rlhf.terminal import Terminal
+from rlhf.untrusted import echo, visible
 
 if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
@@ -40,11 +41,9 @@ def inspect_and_print(path: Path, model: str | None, kind: str, as_json: bool) -
         made = [inspect_file(_file(path, kind), _tokenizer(ModelSource(path=model)) if model else None)]
         recipe = None
     if as_json:
-        print(
-            json.dumps([asdict(one) for one in made], indent=2, default=lambda source: source.model_dump(mode="json"))
-        )
+        echo(json.dumps([asdict(one) for one in made], indent=2, default=lambda source: source.model_dump(mode="json")))
     else:
-        console = Console(highlight=False)
+        console = Terminal()
         for one in made:
             print_inspection(one, console)
     if refusals := [refusal for one in made for refusal in one.refusals]:

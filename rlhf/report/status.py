@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from rlhf import checkpoint
+from rlhf.amounts import duration
 from rlhf.done_file import Damaged, read_done
+from rlhf.metrics_file import METRICS, metric_row, numbers
 from rlhf.progress import brief
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 StageState = Literal["done", "running", "interrupted", "failed", "waiting", "damaged"]
 RunState = Literal["done", "running", "interrupted", "failed", "new"]
 TAIL = 64 << 10
-UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def in_use(folder: Path) -> bool:
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; a torn last line is left out."""
+    """Return the newest value of each metric in the last rows of a `metrics.jsonl`; damaged lines are left out."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -150,13 +151,7 @@ def last_metrics(path: Path) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for line in lines[int(size > TAIL) :]:
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:
-            continue
-        if not isinstance(row, dict):
-            continue
-        found |= {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        found |= numbers(metric_row(line) or {})
     return found
 
 
@@ -189,7 +184,7 @@ def _stage(
 ) -> StageStatus:
     if not place.is_dir() or (done is None and (not first or os.path.lexists(place / DONE))):
         return StageStatus(name, kind, "waiting")
-    progress, metrics = read_progress(place), last_metrics(place / "metrics.jsonl")
+    progress, metrics = read_progress(place), last_metrics(place / METRICS)
     step = int(metrics["step"]) if "step" in metrics else None
     shown = {metric: value for metric, value in metrics.items() if metric not in ("step", "time")}
     if done is not None:
@@ -256,15 +251,6 @@ def render_status(status: RunStatus) -> RenderableType:
         cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
         table.add_row(*(Text(visible(cell)) for cell in cells))
     return Group(*(Text(visible(line)) for line in _headlines(status)), table)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds in the largest unit that fits: 45 s, 12 min, 3.4 h."""
-    for length, unit in UNITS:
-        if seconds >= length:
-            amount = seconds / length
-            return f"{amount:.{1 if amount < 10 and length > 60 else 0}f} {unit}"
-    return "0 s"
 
 
 def _headlines(status: RunStatus) -> list[str]:

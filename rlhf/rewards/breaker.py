@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from threading import Lock
 
 OPENS_AFTER = 3
@@ -15,8 +16,9 @@ class Breaker:
     While it is open nobody asks; after `pause_s` one request may try, once, and its end decides (half-open).
     """
 
-    def __init__(self, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, pause_s: float = PAUSE_S, clock: Callable[[], float] = time.monotonic) -> None:
         self.pause_s = pause_s
+        self.clock = clock
         self.lock = Lock()
         self.failures = 0
         self.last = ""
@@ -27,7 +29,7 @@ class Breaker:
         with self.lock:
             if self.failures < OPENS_AFTER:
                 return None
-            now = time.monotonic()
+            now = self.clock()
             if now >= self.asked_again:
                 self.asked_again = now + self.pause_s
                 return None
@@ -52,4 +54,4 @@ class Breaker:
         with self.lock:
             self.failures += 1
             self.last = what
-            self.asked_again = time.monotonic() + self.pause_s
+            self.asked_again = self.clock() + self.pause_s

@@ -53,7 +53,7 @@ class ChatJudge:
 
     async def _all(self, questions: Sequence[Question]) -> list[Verdict]:
         places = asyncio.Semaphore(self.settings.concurrency)
-        async with client(self.settings.concurrency) as http:
+        async with client(self.endpoint.url, self.settings.concurrency) as http:
 
             async def verdict(question: Question) -> Verdict:
                 async with places:

@@ -25,6 +25,7 @@ from rlhf.rewards import user_function
 from rlhf.types import Prompt
 
 log = logging.getLogger("rlhf")
+printed_log = log.getChild("printed")
 LOADING_S = 120.0
 ASKING_S = 0.2
 LINE, LINES = 2000, 200
@@ -33,7 +34,7 @@ LINE, LINES = 2000, 200
 class FunctionProcess:
     """Runs `file.py:name` in a fresh Python with this environment; it dies with this process, however that ends.
 
-    What it prints goes to the log. Its children belong to its process group and end with it.
+    What it prints goes to `logs/rewards.log` of a run. Its children belong to its process group and end with it.
     """
 
     def __init__(self, path: str, timeout_s: float) -> None:
@@ -157,4 +158,4 @@ def _keep(stream: IO[bytes], name: str, printed: deque[str]) -> None:
         while line := stream.readline(LINE):
             text = line.decode("utf-8", "replace").rstrip("\n")
             printed.append(text)
-            log.info("%s: %s", name, text)
+            printed_log.info("%s: %s", name, text)

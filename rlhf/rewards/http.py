@@ -7,7 +7,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,11 +21,11 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
-    stop_before_delay,
     wait_random_exponential,
 )
 
 from rlhf.errors import RecipeError, TrainingError
+from rlhf.proxies import proxy_for
 from rlhf.recipe.base import HttpJudge, LlmJudge
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import judges
@@ -36,6 +36,8 @@ T = TypeVar("T")
 BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
 """Seconds before attempt n + 1: uniform in [0, min(30, 0.5 * 2**(n - 1))] ("full jitter")."""
 EXCERPT = 200
+LEAST_S = 1.0
+"""Seconds: another attempt with less time before the deadline is not begun (less for short deadlines)."""
 LARGEST_ANSWER = 16 * 2**20
 """Bytes; a thousand scores are some 20 KB."""
 
@@ -46,6 +48,24 @@ class _Passing(Exception):
     def __init__(self, what: str, retry_after: float = 0.0) -> None:
         super().__init__(what)
         self.retry_after = retry_after
+
+
+@dataclass
+class _Tries:
+    """The attempts of one request: how many were sent, when they must end, and the last failure to report.
+
+    A deadline that cuts an attempt says nothing about the service, so that attempt does not replace an earlier failure.
+    """
+
+    ends: float
+    sent: int = 0
+    failure: _Passing | None = None
+
+    def failed(self, error: _Passing, cut: bool) -> _Passing:
+        """Keep the failure of an attempt, `cut` by the deadline or not, and return the one to report."""
+        if self.failure is None or not cut:
+            self.failure = error
+        return self.failure
 
 
 class _Refused(ValueError):
@@ -93,6 +113,8 @@ class Endpoint:
     timeout_s: float
     deadline_s: float
     breaker: Breaker = field(default_factory=Breaker, repr=False, compare=False)
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False, compare=False)
+    sleep: Callable[[float], Awaitable[None]] = field(default=asyncio.sleep, repr=False, compare=False)
 
     async def post(
         self, client: httpx.AsyncClient, body: Mapping[str, Any], parse: Callable[[bytes], T], subject: str
@@ -100,32 +122,50 @@ class Endpoint:
         """Post `body` and return what `parse` makes of the answer (ValueError there: the answer is wrong).
 
         Status 429 and 5xx, timeouts and broken connections are tried again with exponential backoff and jitter, not
-        before `Retry-After`, until the deadline; everything else fails at once, and so does all after several requests
-        in a row that were given up (`Breaker`). No answer is read beyond `LARGEST_ANSWER` bytes or unpacked.
-        TrainingError names URL, status, number of attempts and `subject`.
+        before `Retry-After`, while the deadline leaves an attempt useful time; everything else fails at once, and so
+        does all after several requests in a row that were given up (`Breaker`). No answer is read beyond
+        `LARGEST_ANSWER` bytes or unpacked. TrainingError names URL, the last failure of the service, number of
+        attempts and `subject`.
         """
         if refusal := self.breaker.refusal():
             raise self._failure(refusal, 0, subject)
-        ends = time.monotonic() + self.deadline_s
-        stop = stop_after_attempt(1) if self.breaker.probing else stop_before_delay(self.deadline_s)
-        retrying = AsyncRetrying(retry=retry_if_exception_type(_Passing), wait=_pause, stop=stop, reraise=True)
+        tries = _Tries(self.clock() + self.deadline_s)
         try:
-            answer: _Answer = await retrying(self._attempt, client, body, ends)
+            answer: _Answer = await self._retrying(tries)(self._attempt, client, body, tries)
             self.breaker.succeeded()
             return parse(self._content(answer))
         except _Passing as error:
             self.breaker.failed(str(error))
-            raise self._failure(str(error), _attempts(retrying), subject) from error
+            raise self._failure(str(error), tries.sent, subject) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = self._clean(f"{type(error).__name__}: {error}")
-            raise self._failure(what, _attempts(retrying), subject) from None
+            raise self._failure(what, tries.sent, subject) from None
         except _Refused as error:
-            raise self._failure(str(error), _attempts(retrying), subject) from error
+            raise self._failure(str(error), tries.sent, subject) from error
         except ValueError as error:
-            raise self._failure(self._clean(_wrong(error, answer.status)), _attempts(retrying), subject) from None
+            raise self._failure(self._clean(_wrong(error, answer.status)), tries.sent, subject) from None
 
-    async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any], ends: float) -> _Answer:
-        limit = max(0.0, min(self.timeout_s, ends - time.monotonic()))
+    def _retrying(self, tries: _Tries) -> AsyncRetrying:
+        def late(state: RetryCallState) -> bool:
+            return self._left(tries) - state.upcoming_sleep < self._least()
+
+        stop = stop_after_attempt(1) if self.breaker.probing else late
+        again = retry_if_exception_type(_Passing)
+        return AsyncRetrying(sleep=self.sleep, retry=again, wait=_pause, stop=stop, reraise=True)
+
+    def _left(self, tries: _Tries) -> float:
+        return tries.ends - self.clock()
+
+    def _least(self) -> float:
+        """Return the seconds that an attempt after the first needs before the deadline."""
+        return min(LEAST_S, self.timeout_s, self.deadline_s / 10)
+
+    async def _attempt(self, client: httpx.AsyncClient, body: Mapping[str, Any], tries: _Tries) -> _Answer:
+        left = self._left(tries)
+        if tries.failure is not None and left < self._least():  # the pause took longer than was asked for
+            raise tries.failure
+        tries.sent += 1
+        limit = max(0.0, min(self.timeout_s, left))
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
             async with (
@@ -134,11 +174,14 @@ class Endpoint:
             ):
                 answer = await _read(response)
         except TimeoutError as error:
-            raise _Passing(f"no answer within {limit:.3g} s") from error
+            silent = _Passing(f"no answer within {limit:.3g} s")
+            raise tries.failed(silent, cut=limit < self.timeout_s) from error
         except (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
-            raise _Passing(self._clean(f"{type(error).__name__}: {error}")) from None  # it quotes what was said
+            broken = _Passing(self._clean(f"{type(error).__name__}: {error}"))
+            raise tries.failed(broken, cut=False) from None  # it quotes what was said
         if answer.status == 429 or answer.status >= 500:
-            raise _Passing(self._status(answer), _retry_after(answer.headers.get("Retry-After", "")))
+            busy = _Passing(self._status(answer), _retry_after(answer.headers.get("Retry-After", "")))
+            raise tries.failed(busy, cut=False)
         return answer
 
     def _content(self, answer: _Answer) -> bytes:
@@ -177,10 +220,18 @@ async def _read(response: httpx.Response) -> _Answer:
     return _Answer(response.status_code, response.headers, b"".join(parts), size <= LARGEST_ANSWER)
 
 
-def client(connections: int) -> httpx.AsyncClient:
-    """Return a client of so many connections at once; it follows no redirect."""
-    limits = httpx.Limits(max_connections=connections)
-    return httpx.AsyncClient(limits=limits, verify=_certificates(), headers={"Accept-Encoding": "identity"})
+def client(url: str, connections: int) -> httpx.AsyncClient:
+    """Return a client for a URL, of so many connections at once; it follows no redirect.
+
+    ResourceError where the environment's proxy for the URL cannot be used.
+    """
+    return httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=connections),
+        verify=_certificates(),
+        headers={"Accept-Encoding": "identity"},
+        proxy=proxy_for(url),
+        trust_env=False,
+    )
 
 
 @cache
@@ -205,10 +256,6 @@ def _retry_after(value: str) -> float:
         return 0.0
     aware = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (aware - datetime.now(UTC)).total_seconds())
-
-
-def _attempts(retrying: AsyncRetrying) -> int:
-    return int(retrying.statistics["attempt_number"])
 
 
 def _wrong(error: ValueError, status: int) -> str:

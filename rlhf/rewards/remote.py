@@ -63,7 +63,7 @@ class HttpReward:
         starts = range(0, len(rollouts), self.batch_size)
         parts = [rollouts[start : start + self.batch_size] for start in starts]
         bodies = [{"items": [_item(rollout) for rollout in part]} for part in parts]
-        async with client(BATCHES_AT_ONCE) as http:
+        async with client(self.endpoint.url, BATCHES_AT_ONCE) as http:
 
             async def batch(part: Sequence[Rollout], body: dict[str, Any]) -> list[float]:
                 async with places:

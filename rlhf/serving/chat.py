@@ -50,7 +50,7 @@ class Chat:
                 answers = [self._whole(talker, asked) for talker in self.talkers]
                 self._beside(answers)
         except DataError as error:
-            self._say(printable(str(error)))
+            self._say(str(error))
             return
         for talker, answer in zip(self.talkers, answers, strict=True):
             self.histories[talker.name] += [asked, {"role": "assistant", "content": answer}]
@@ -64,7 +64,7 @@ class Chat:
         return "".join(pieces).strip()
 
     def _whole(self, talker: Talker, asked: Message) -> str:
-        with self.console.status(f"{talker.name} ..."):
+        with self.console.status(Text(printable(f"{talker.name} ..."))):
             return "".join(talker.reply([*self.histories[talker.name], asked], self.style)).strip()
 
     def _beside(self, answers: Sequence[str]) -> None:
@@ -76,4 +76,4 @@ class Chat:
         self.console.print(Columns(panels, padding=(0, 1)))
 
     def _say(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"), soft_wrap=True)
+        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)

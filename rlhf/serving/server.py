@@ -20,6 +20,7 @@ from typing import IO, Literal
 import httpx
 import psutil
 
+from rlhf.activity import activity
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import vllm_environment
 from rlhf.errors import ResourceError, TrainingError
@@ -34,7 +35,6 @@ POLL_S = 0.5
 LENGTH = 4096
 """Tokens that a model is taken for that does not say its own."""
 LEAVES_S = 15.0
-ANSWERS_S = 300.0
 ERROR = re.compile(r"\b\w*(Error|Exception)\b: ")
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -67,10 +67,14 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server may take: `threads` of the CPU, and tokens of prompt and answer (None: what the model has)."""
+    """What the server may take: `threads` of the CPU, and tokens of prompt and answer (None: what the model has).
+
+    `ready_s` is how many seconds it may make no progress until it is ready, and may take for its first answers.
+    """
 
     threads: int
     max_length: int | None = None
+    ready_s: float = 900.0
 
 
 def free_port(host: str, port: int) -> int:
@@ -91,12 +95,12 @@ def running(serving: Serving, endpoint: Endpoint, limits: Limits) -> Iterator[Se
     """Start the server and wait until every model has answered; it and all its processes end with the context.
 
     Raises:
-        TrainingError: vLLM ended, or a model cannot answer.
+        TrainingError: vLLM ended or hangs, or a model cannot answer.
     """
     with tempfile.NamedTemporaryFile("w+", prefix="rlhf-serve-", suffix=".log", errors="replace") as log:
         server = Server(_start(serving, endpoint, limits, log), Path(log.name))
         try:
-            server.wait_ready(serving, endpoint)
+            server.wait_ready(serving, endpoint, limits.ready_s)
             yield server
         finally:
             server.stop()
@@ -109,17 +113,34 @@ class Server:
         self.process = process
         self.log = log
 
-    def wait_ready(self, serving: Serving, endpoint: Endpoint) -> None:
-        """Return when every model has answered once: some models fail only then."""
+    def wait_ready(self, serving: Serving, endpoint: Endpoint, ready_s: float) -> None:
+        """Return when every model has answered once: some models fail only then.
+
+        Raises:
+            TrainingError: it ended, or made no progress for `ready_s`, or a model cannot answer. Progress is a line in
+                its log, or that its processes read, write or hold other bytes than before.
+        """
+        seen, since = self._progress(), time.monotonic()
         while not self._healthy(endpoint):
             self.check()
+            if (now := self._progress()) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > ready_s:
+                raise TrainingError(
+                    f"vLLM is not ready and has made no progress for {ready_s:g} s (--ready-timeout); it said last:\n"
+                    f"{self.last_lines() or 'nothing'}"
+                )
             time.sleep(POLL_S)
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         for name in serving.names:
             question = {"model": name, "prompt": "Hello", "max_tokens": 1}
             try:
                 answer = httpx.post(
-                    f"{endpoint.local}/v1/completions", json=question, headers=headers, timeout=ANSWERS_S
+                    f"{endpoint.local}/v1/completions",
+                    json=question,
+                    headers=headers,
+                    timeout=ready_s,
+                    trust_env=False,  # it is on this machine: no proxy
                 )
             except httpx.HTTPError as error:
                 raise TrainingError(f"vLLM does not answer for {name}: {self.last_words() or error}") from error
@@ -144,6 +165,14 @@ class Server:
         useful = [line for line in errors if "Engine core" not in line and "EngineDead" not in line]
         return printable((useful or errors or lines or [""])[-1], 400)
 
+    def last_lines(self, count: int = 4) -> str:
+        """Return the last lines that it wrote, each cut to a length that a terminal shows."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return "\n".join(printable(line, 400) for line in lines[-count:])
+
+    def _progress(self) -> tuple[int, ...]:
+        return self.log.stat().st_size, *activity(self.process.pid)
+
     def stop(self) -> None:
         """End it and every process that it started: asked first, and by force after `LEAVES_S`."""
         with suppress(psutil.NoSuchProcess):
@@ -156,12 +185,13 @@ class Server:
                     process.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # the system may hold one back that waits for a disk
+            self.process.wait(LEAVES_S)
 
     @staticmethod
     def _healthy(endpoint: Endpoint) -> bool:
         try:
-            return httpx.get(endpoint.local + HEALTH, timeout=5).status_code == httpx.codes.OK
+            return httpx.get(endpoint.local + HEALTH, timeout=5, trust_env=False).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 

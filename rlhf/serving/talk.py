@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.errors import DataError, RecipeError, TrainingError
+from rlhf.proxies import proxy_for
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -123,17 +126,29 @@ class ServedTalker:
             raise TrainingError(f"{self.name}: no answer: {error}") from error
 
 
+@contextmanager
+def _without_openai_variables() -> Iterator[None]:
+    """Hide the variables that are for OpenAI's own service: the client would send what they hold to any server."""
+    held = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
+
+
 def served_talkers(url: str, names: Sequence[str], key: str) -> list[ServedTalker]:
     """Return the named models of an endpoint, or all that it has; RecipeError where it is not there or lacks one."""
-    from openai import OpenAI, OpenAIError
+    from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
     base = url.rstrip("/")
-    client = OpenAI(
-        base_url=base if base.endswith("/v1") else f"{base}/v1",
-        api_key=key or "none",
-        timeout=ANSWERS_S,
-        max_retries=0,
-    )
+    with _without_openai_variables():
+        client = OpenAI(
+            base_url=base if base.endswith("/v1") else f"{base}/v1",
+            api_key=key or "none",
+            timeout=ANSWERS_S,
+            max_retries=0,
+            http_client=DefaultHttpxClient(proxy=proxy_for(url), trust_env=False, follow_redirects=False),
+        )
     try:
         known = [model.id for model in client.models.list()]
     except OpenAIError as error:

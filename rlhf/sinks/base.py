@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.errors import RecipeError
+from rlhf.privacy import public
 from rlhf.recipe.schema import Recipe
 from rlhf.untrusted import printable
 
@@ -92,8 +93,9 @@ def open_sinks(recipe: Recipe, folder: Path) -> Iterator[Sinks]:
 
 
 def told(recipe: Recipe) -> dict[str, Any]:
-    """Return what a sink is told of the recipe: all but where metrics go and which machines there are."""
-    return recipe.model_dump(mode="json", exclude={"tracking", "ray"})
+    """Return what a sink is told of the recipe: all but where metrics go and which machines there are, made public."""
+    told: dict[str, Any] = public(recipe.model_dump(mode="json", exclude={"tracking", "ray"}))
+    return told
 
 
 def _maker(name: str) -> Callable[[Recipe, Path], Sink]:

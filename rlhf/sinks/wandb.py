@@ -10,6 +10,18 @@ from typing import Any
 from rlhf.recipe.schema import Recipe
 from rlhf.sinks.base import Sink, told
 
+OF_THE_METRICS_ALONE: dict[str, Any] = {
+    "console": "off",
+    "host": "hidden",
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+}
+"""wandb would send what is printed, the command line, user, host and paths of this machine, its code and packages."""
+
 
 class WandbSink:
     """One wandb run for the whole recipe; offline when WANDB_API_KEY is not set, or as WANDB_MODE says.
@@ -32,6 +44,7 @@ class WandbSink:
             dir=folder,
             mode=mode,
             config=told(recipe),
+            settings=wandb.Settings(**OF_THE_METRICS_ALONE),
         )
         for stage in recipe.stages:
             self.run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")

@@ -15,8 +15,10 @@ from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored, Valued, collect, measure
 from rlhf.stages.online_draw import Draw
 from rlhf.stages.recovery import Going
-from rlhf.stages.samples import write_samples
+from rlhf.stages.samples import forget_samples, is_kept, write_samples
 from rlhf.types import Metrics, Prompt
+
+SAMPLES = "samples"
 
 
 class Method(Valued, Protocol):
@@ -63,6 +65,7 @@ def going_on(training: Training) -> Iterator[Going]:
     """Bring policy, critic, method and tracker to where the stage was; the engine still has to get the weights."""
     method = training.method
     with training.context.recovery.going_on([training.roles.policy, *method.learners()]) as going:
+        forget_samples(training.context.folder / SAMPLES, going.step, training.stage.samples)
         if going.step:
             method.take_up(going.carried["method"])
         yield going
@@ -143,10 +146,18 @@ def make_step(
     if context.recipe.roles.rollout.share:  # a part of the phases before
         clock.laps["seconds_turns"] = context.launcher.seconds_in_turns() - step.turned
     context.tracker.log(receipt.version, {**metrics, **clock.laps})
-    write_samples(context.folder / "samples", receipt.version, scored.rollouts, scored.scores.tolist())
+    _keep_samples(training, receipt.version, scored)
     if stage.save_every and receipt.version % stage.save_every == 0:
         roles.policy.save(context.folder / "checkpoints" / f"step-{receipt.version}").result()
     return receipt
+
+
+def _keep_samples(training: Training, step: int, scored: Scored) -> None:
+    """Write the rollouts of a step (from 1) where the stage wants them, and remove those that stay no longer."""
+    folder, files = training.context.folder / SAMPLES, training.stage.samples
+    if is_kept(step, step, files):
+        training.context.tracker.wrote(write_samples(folder, step, scored.rollouts, scored.scores.tolist()))
+        forget_samples(folder, step, files)
 
 
 def asks_policy(stage: OnlineStage, step: int) -> bool:

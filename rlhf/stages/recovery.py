@@ -13,7 +13,7 @@ from rlhf import checkpoint
 from rlhf.checkpoint import Saved
 from rlhf.done_file import checkpoint_sizes
 from rlhf.interrupts import Interrupts
-from rlhf.manifest import DamagedManifest, read_manifest
+from rlhf.manifest import DamagedManifest, Seal, read_manifest
 from rlhf.recipe.schema import Recovery
 from rlhf.roles import Pending
 from rlhf.tracking import Tracker
@@ -30,8 +30,8 @@ class Kept(Protocol):
         """Return how many bytes `save_state` writes, about."""
         ...
 
-    def save_state(self, folder: Path) -> Pending[None]:
-        """Write it into a folder."""
+    def save_state(self, folder: Path) -> Pending[Mapping[str, Seal] | None]:
+        """Write it into a folder; return the seals of the files that are flushed and sealed already."""
         ...
 
     def load_state(self, folder: Path) -> Pending[None]:
@@ -113,9 +113,11 @@ class StageRecovery:
     def save(self, step: int, kept: Sequence[Kept], carried: Carried) -> Saved:
         """Write the state after a step, and remove what the recipe does not want to keep."""
 
-        def fill(folder: Path) -> None:
+        def fill(folder: Path) -> dict[str, Seal]:
+            seals: dict[str, Seal] = {}
             for saving in [item.save_state(folder) for item in kept]:
-                saving.result()
+                seals |= saving.result() or {}
+            return seals
 
         sizes = [asked.result() for asked in [item.state_bytes() for item in kept]]
         info = {

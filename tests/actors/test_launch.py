@@ -54,6 +54,7 @@ class Watched:
     listening: set[str] = field(default_factory=set)
     address: str = ""
     token: str = field(default="", repr=False)
+    sessions: set[str] = field(default_factory=set)
 
     @property
     def stdout(self) -> str:
@@ -64,12 +65,13 @@ class Watched:
         return (self.folder / PRINTED[1]).read_text()
 
     def look(self) -> None:
-        """Note all processes below the run: titles, listening addresses, Ray's address and token."""
+        """Note all processes below the run: titles, listening addresses, Ray's address, token and folder."""
         for process in psutil.Process(self.run.pid).children(recursive=True):
             try:
                 command = process.cmdline()
                 self.titles.setdefault(process, set()).add(command[0] if command else "")
                 self.listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"}
+                self.sessions |= set(re.findall(r"--session[-_]dir=(\S+)", " ".join(command)))
                 if named := re.search(r"--gcs-address=(\S+)", " ".join(command)):
                     self.address, self.token = named[1], process.environ().get("RAY_AUTH_TOKEN", "")
             except psutil.NoSuchProcess:
@@ -221,6 +223,12 @@ def test_nothing_runs_on_after_the_end(both):
     assert both.ray.left() == set()
 
 
+def test_nothing_stays_in_the_temporary_folder(both):
+    (session,) = both.ray.sessions
+    assert Path(session).parent.name.startswith("rlhf-ray-")
+    assert not Path(session).parent.exists()
+
+
 def test_a_run_that_a_guard_stops_ends_all_the_same(tmp_path):
     run = start(tmp_path, "ppo_function.yaml", "--set", "stages.ppo.agreement.tolerance=1e-12")
     run.finish()
@@ -232,6 +240,7 @@ def test_a_run_that_a_guard_stops_ends_all_the_same(tmp_path):
     assert started == ["policy-0", "reference-0", "critic-0", "rollout-0"]  # too short a run to see all their titles
     assert run.pids("LearnerActor")
     assert run.left() == set()
+    assert [Path(session).parent.exists() for session in run.sessions] == [False]
     assert not (tmp_path / "stages" / "ppo" / "done.json").exists()
 
 

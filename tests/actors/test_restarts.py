@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import ray
-from replicas_made import PROMPTS, SAMPLING, SEEDS, Number, Server, drawn_with, expected
+from replicas_made import PROMPTS, SAMPLING, SEEDS, Number, Server, answer, drawn_with, expected
 
 from actors.dispatch import CALLS, Dispatch
 from actors.group import RankGroup
 from actors.learner import LearnerActor, RayModel
+from actors.objects import Asked, Drawn
 from actors.process import end
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
@@ -244,6 +246,45 @@ def test_there_is_an_end_to_restarts(local_ray):
     assert not engine.alive()
     with pytest.raises(TrainingError, match=told):
         engine.generate(PROMPTS, SAMPLING, SEEDS)
+    engine.kill()
+
+
+class Hanging(Server):
+    """Draws everything but one prompt."""
+
+    @ray.method(concurrency_group="generate")
+    def draw(self, asked: Asked) -> Drawn:
+        if PROMPTS[7].id in asked.ids:
+            time.sleep(600)
+        return Drawn.of([answer(p, seed) for p, row in zip(asked.prompts(), asked.seeds, strict=True) for seed in row])
+
+
+def test_prompts_that_are_late_on_a_second_replica_too_end_the_call(local_ray):
+    def start(_: int) -> Any:
+        return ray.remote(concurrency_groups={"generate": CALLS})(Hanging).options(num_cpus=0).remote()
+
+    engine = two_replicas(start, 4.0, allowed=10)
+    told = r"^rollout-\d\.generate gave no answer within 4 s \(ray\.call_timeout_s\).*; that was the second time"
+    with pytest.raises(TrainingError, match=told) as caught:
+        engine.generate(PROMPTS, SAMPLING, SEEDS).result()
+    assert not isinstance(caught.value, LostProcess)
+    assert engine.repairs.restarts.used == 1
+    engine.kill()
+
+
+def test_a_repair_that_takes_too_long_is_no_error_of_its_own(local_ray, caplog, monkeypatch):
+    monkeypatch.setattr("actors.repairs.SAY_S", 0.1)
+    engine = two_replicas(server, DEADLINE_S, allowed=3)
+    held = threading.Event()
+    monkeypatch.setattr(engine.repairs, "supply", lambda index: held.wait(60))
+    engine.repairs.start_s = 0.5
+    repair = engine.repairs.begin(0, engine.replicas[0], LostProcess("rollout-0.generate: the process died"))
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        assert not engine.alive()
+    assert "waiting for the repair of replica 0" in caplog.text
+    assert "the repair of replica 0 has not ended within" in caplog.text
+    held.set()
+    repair.result(timeout=60)
     engine.kill()
 
 

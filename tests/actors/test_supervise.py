@@ -18,7 +18,16 @@ from ray.exceptions import OutOfMemoryError
 
 from actors import death, process, supervise
 from actors.supervise import RayPending, wait_for, wait_for_all
-from rlhf.errors import DataError, GuardError, LostProcess, RecipeError, ResourceError, RlhfError, TrainingError
+from rlhf.errors import (
+    DataError,
+    GuardError,
+    LateProcess,
+    LostProcess,
+    RecipeError,
+    ResourceError,
+    RlhfError,
+    TrainingError,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -158,7 +167,7 @@ def test_a_late_answer_is_an_error_at_the_deadline():
     started = time.monotonic()
     error = failure(actor.sleep.remote(60), deadline_s=1.0)
     assert time.monotonic() - started < 10
-    assert type(error) is LostProcess
+    assert type(error) is LateProcess
     assert re.match(
         r"policy\.train gave no answer within 1 s \(ray\.call_timeout_s\) on [\d.]+, node [0-9a-f]{8}, pid \d+,"
         r" it held \d\.\d GiB, [\d.]+ of [\d.]+ GiB free; it hangs or waits for another process; ",

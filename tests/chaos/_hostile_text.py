@@ -29,7 +29,7 @@ from rlhf.report.samples import CandidateSamples, Sample
 from rlhf.report.statistics import compare
 from rlhf.report.table import comparison_table
 from rlhf.rewards.remote import HttpReward
-from rlhf.run_folder import logged
+from rlhf.run_log import logged
 from rlhf.types import Prompt, Rollout
 from tests.chaos._hostile_models import Attempt, Place
 from tests.rewards.local_server import Answer, LocalServer

@@ -36,6 +36,7 @@ stages:
     reward: {{kind: http, url: "http://127.0.0.1:{port}/score", timeout_s: 1, deadline_s: 60}}
     prompts: {{path: {recipes}/data/smoke_prompts.jsonl}}
     steps: {ppo}
+    samples: {{keep: null}}
     prompts_per_step: 4
     samples_per_prompt: 2
     minibatch_size: 4

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rlhf.checkpoint import QUARANTINE, newest, write
 from rlhf.errors import ResourceError
-from rlhf.manifest import MANIFEST
+from rlhf.manifest import MANIFEST, Seal, seal_file
 from tests.chaos._disk import DIED, FaultyDisk
 from tests.chaos.row import Row, only
 
@@ -133,14 +133,17 @@ def _files_of(of: bytes) -> dict[str, bytes]:
     return {name: (of + name.encode()) * (1 + 100 * number) for number, name in enumerate(NAMES)}
 
 
-def _fill(of: bytes) -> Callable[[Path], None]:
-    def fill(folder: Path) -> None:
+def _fill(of: bytes) -> Callable[[Path], dict[str, Seal]]:
+    """Return what writes the files; some are sealed by their writer, as ranks do, and some are left to the reader."""
+
+    def fill(folder: Path) -> dict[str, Seal]:
         for name, data in _files_of(of).items():
             if not (folder / name).parent.exists():
                 (folder / name).parent.mkdir()
             with open(folder / name, "wb") as file:
                 file.write(data[:50])
                 file.write(data[50:])
+        return {name: seal_file(folder / name) for name in NAMES[:2]}
 
     return fill
 

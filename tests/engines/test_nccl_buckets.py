@@ -95,7 +95,7 @@ def test_an_engine_that_refuses_is_told():
 def test_a_collective_that_hangs_ends_at_the_deadline_or_when_a_replica_fails():
     client = ReplicaClient([], 1.0)
     started = time.monotonic()
-    with pytest.raises(TrainingError, match=r"longer than ray\.call_timeout_s"):
+    with pytest.raises(TrainingError, match=r"for longer than ray\.call_timeout_s"):
         bounded(lambda: time.sleep(30), client)
     client = ReplicaClient([], 30.0)
     client.failure = TrainingError("rollout-1.update_weights: the process died")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf.errors import DataError
 from rlhf.report.curves import read_curves, series
+from rlhf.report.status import last_metrics
 
 
 def write(folder, stage, text):
@@ -30,12 +30,28 @@ def test_a_torn_last_line_is_left_out(tmp_path, tail):
     assert read_curves(tmp_path) == {"sft": [{"step": 1, "loss": 2.0}]}
 
 
-@pytest.mark.parametrize("line", [b'{"step": 1, "lo', b"[1, 2]", b'{"loss": 1}', b'{"step": "one"}'])
-def test_a_bad_line_elsewhere_is_an_error_with_its_place(tmp_path, line):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": 1, "lo',
+        b"[1, 2]",
+        b"7",
+        b"null",
+        b'{"loss": 1}',
+        b'{"step": "one"}',
+        b'{"step": NaN}',
+        b'{"step": 1e999}',
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+        b"\0" * 4096,
+        b"\xff\xfe",
+    ],
+)
+def test_a_damaged_line_is_named_and_the_rest_used(tmp_path, caplog, line):
     path = write(tmp_path, "sft", b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
-    with pytest.raises(DataError) as caught:
-        read_curves(tmp_path)
-    assert str(caught.value).startswith(f"{path}:2: ")
+    assert read_curves(tmp_path) == {"sft": [{"step": 0}, {"step": 2}]}
+    assert [record.getMessage() for record in caplog.records] == [f"{path}:2: damaged line, left out"]
+    assert last_metrics(path) == {"step": 2}
 
 
 def test_a_step_redone_after_a_resume_counts_once_and_later_columns_join(tmp_path):

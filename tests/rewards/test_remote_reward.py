@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import math
 import socket
-import time
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from local_server import Answer, LocalServer
@@ -19,10 +22,26 @@ from rlhf.errors import DataError, RecipeError, TrainingError
 from rlhf.recipe.base import HttpJudge
 from rlhf.recipe.load import load_recipe
 from rlhf.rewards.breaker import OPENS_AFTER, Breaker
+from rlhf.rewards.http import Endpoint
 from rlhf.rewards.remote import BATCHES_AT_ONCE, HttpReward
 from rlhf.types import Prompt, Rollout
 
 SECRET = "s3cret-token"
+
+
+class Clock:
+    """A clock that only pauses move: by what was asked for, or to `wakes`; `slept` keeps the pauses."""
+
+    def __init__(self, wakes: float | None = None) -> None:
+        self.now, self.wakes = 0.0, wakes
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now = self.now + seconds if self.wakes is None else self.wakes
 
 
 def rollout(index: int, metadata: dict | None = None) -> Rollout:
@@ -42,6 +61,12 @@ def after(failures: list[Answer]) -> Callable[[int, Any], Answer]:
 
 def reward(url: str, **settings: Any) -> HttpReward:
     return HttpReward(HttpJudge(kind="http", url=url, **settings))
+
+
+def timed(source: HttpReward, clock: Clock) -> HttpReward:
+    """Have a source live by another clock than the machine's."""
+    source.endpoint = replace(source.endpoint, clock=clock, sleep=clock.sleep, breaker=Breaker(clock=clock))
+    return source
 
 
 def failure(source: HttpReward, count: int = 1) -> str:
@@ -65,10 +90,15 @@ def test_every_response_is_scored_once_and_in_order():
 
 
 def test_the_caller_does_not_wait_until_it_asks_for_the_result():
-    with LocalServer(lambda number, body: Answer(length_scores(number, body).body, delay=0.5)) as server:
-        start = time.monotonic()
-        pending = reward(server.url).score([rollout(4)])
-        assert time.monotonic() - start < 0.25
+    asked = threading.Event()
+
+    def answer(number: int, body: Any) -> Answer:
+        assert asked.wait(60)
+        return length_scores(number, body)
+
+    with LocalServer(answer) as server:
+        pending = reward(server.url, timeout_s=90).score([rollout(4)])
+        asked.set()
         assert pending.result().tolist() == [2.0]
 
 
@@ -89,47 +119,106 @@ def test_a_batch_that_succeeded_is_not_sent_again_when_a_later_one_fails_at_firs
 
 
 def test_retry_after_in_seconds_is_honoured():
-    with LocalServer(after([Answer({}, 429, {"Retry-After": "1"})])) as server:
-        reward(server.url).score([rollout(0)]).result()
-    assert server.asked[1].time - server.asked[0].time >= 1.0
+    clock = Clock()
+    with LocalServer(after([Answer({}, 429, {"Retry-After": "100"})])) as server:
+        timed(reward(server.url), clock).score([rollout(0)]).result()
+    assert clock.slept == [100.0]
 
 
 def test_retry_after_as_a_date_is_honoured():
-    when = format_datetime(datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3), usegmt=True)
+    clock = Clock()
+    when = format_datetime(datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1), usegmt=True)
     with LocalServer(after([Answer({}, 503, {"Retry-After": when})])) as server:
-        reward(server.url).score([rollout(0)]).result()
-    assert server.asked[1].time - server.asked[0].time >= 1.5
+        timed(reward(server.url, deadline_s=7200), clock).score([rollout(0)]).result()
+    assert len(clock.slept) == 1
+    assert 3000 < clock.slept[0] <= 3600
 
 
 def test_a_pause_that_the_deadline_does_not_allow_is_not_begun():
+    clock = Clock()
     with LocalServer(after([Answer({}, 429, {"Retry-After": "3600"})])) as server:
-        start = time.monotonic()
-        message = failure(reward(server.url, deadline_s=5.0))
-    assert time.monotonic() - start < 2
+        message = failure(timed(reward(server.url), clock))
+    assert clock.slept == []
     assert message == f"{server.url}: status 429: {{}} (after 1 attempt, first prompt id id-0)"
 
 
 def test_an_answer_that_hangs_is_given_up_and_asked_for_again():
-    with LocalServer(after([Answer({}, delay=3.0)])) as server:
-        assert reward(server.url, timeout_s=0.2).score([rollout(6)]).result().tolist() == [3.0]
-    assert len(server.asked) == 2
-
-
-def test_the_deadline_ends_all_attempts():
-    with LocalServer(lambda number, body: Answer({}, delay=3.0)) as server:
-        start = time.monotonic()
-        message = failure(reward(server.url, timeout_s=0.3, deadline_s=1.0))
-        assert time.monotonic() - start < 1.5
-    assert message.startswith(f"{server.url}: no answer within 0")
-    assert f"after {len(server.asked)} attempt" in message
+    with LocalServer(after([Answer({}, delay=5.0)])) as server:
+        assert reward(server.url, timeout_s=0.5).score([rollout(6)]).result().tolist() == [3.0]
+    assert len(server.asked) >= 2
 
 
 def test_a_service_that_stays_down_is_named_with_status_attempts_and_prompt():
+    clock = Clock()
     with LocalServer(lambda number, body: Answer(b"out of\n memory", 500)) as server:
-        message = failure(reward(f"{server.url}/v1", deadline_s=1.0, batch_size=2), count=2)
+        message = failure(timed(reward(f"{server.url}/v1", deadline_s=100, batch_size=2), clock), count=2)
     count = len(server.asked)
-    assert count > 1
+    assert count == len(clock.slept) + 1 > 1
+    assert clock.now <= 99
     assert message == f"{server.url}/v1: status 500: out of memory (after {count} attempts, first prompt id id-0)"
+
+
+def test_an_attempt_without_useful_time_is_not_begun():
+    clock = Clock(wakes=9.999)
+    with LocalServer(lambda number, body: Answer(b"out of memory", 500)) as server:
+        message = failure(timed(reward(server.url, deadline_s=10), clock))
+    assert len(server.asked) == len(clock.slept) == 1
+    assert message == f"{server.url}: status 500: out of memory (after 1 attempt, first prompt id id-0)"
+
+
+def posted(endpoint: Endpoint, answer: Callable[[httpx.Request], Any]) -> str:
+    """Return why an endpoint whose requests `answer` answers gives up."""
+
+    async def post() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http:
+            await endpoint.post(http, {}, lambda content: content, "this")
+
+    with pytest.raises(TrainingError) as error:
+        asyncio.run(post())
+    return str(error.value)
+
+
+def test_an_attempt_that_the_deadline_cut_does_not_hide_the_services_answer():
+    clock, asked = Clock(wakes=0.85), 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            return httpx.Response(500, stream=httpx.ByteStream(b"out of memory"))
+        clock.now = 1.0
+        await asyncio.sleep(600)
+        raise AssertionError("the deadline did not cut the attempt")
+
+    endpoint = Endpoint("http://here/v1", None, 30.0, 1.0, clock=clock, sleep=clock.sleep)
+    assert posted(endpoint, answer) == "http://here/v1: status 500: out of memory (after 2 attempts, this)"
+    assert asked == 2
+    assert endpoint.breaker.last == "status 500: out of memory"
+
+
+def test_silence_is_reported_with_the_longest_wait_that_the_service_was_given():
+    clock = Clock()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        clock.now += 0.1
+        await asyncio.sleep(600)
+        raise AssertionError("no attempt has an end")
+
+    endpoint = Endpoint("http://here/v1", None, 0.1, 1.0, clock=clock, sleep=clock.sleep)
+    message = posted(endpoint, answer)
+    assert message == f"http://here/v1: no answer within 0.1 s (after {len(clock.slept) + 1} attempts, this)"
+
+
+def test_a_deadline_shorter_than_the_timeout_ends_the_only_attempt():
+    clock = Clock()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        clock.now += 0.05
+        await asyncio.sleep(600)
+        raise AssertionError("the deadline did not cut the attempt")
+
+    endpoint = Endpoint("http://here/v1", None, 30.0, 0.05, clock=clock, sleep=clock.sleep)
+    assert posted(endpoint, answer) == "http://here/v1: no answer within 0.05 s (after 1 attempt, this)"
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 302])
@@ -144,7 +233,7 @@ def test_connection_refused():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    message = failure(reward(url, deadline_s=1.0))
+    message = failure(timed(reward(url), Clock()))
     assert message.startswith(f"{url}: ConnectError: ")
     assert "first prompt id id-0" in message
 
@@ -225,20 +314,21 @@ def test_batches_without_scores_are_nan_only_where_the_recipe_allows_it(caplog):
 
 
 def test_a_service_that_is_down_is_left_alone_and_asked_again_once_after_a_pause():
-    down = True
-    with LocalServer(lambda number, body: Answer({}, 503) if down else length_scores(number, body)) as server:
-        source = reward(server.url, deadline_s=0.01)
-        source.endpoint.breaker.pause_s = 0.5
+    down, clock = True, Clock()
+    busy = Answer({}, 503, {"Retry-After": "3600"})
+    with LocalServer(lambda number, body: busy if down else length_scores(number, body)) as server:
+        source = timed(reward(server.url), clock)
+        pause = source.endpoint.breaker.pause_s
         for _ in range(OPENS_AFTER):
             assert "(after 1 attempt, " in failure(source)
         said = f"{server.url}: status 503: {{}}; not asked, for that was failure 3 in a row: it is left alone for "
         assert failure(source).startswith(said)
         assert len(server.asked) == OPENS_AFTER
-        time.sleep(0.5)
+        clock.now += pause
         assert "(after 1 attempt, " in failure(source)
         assert "failure 4 in a row" in failure(source)
         assert len(server.asked) == OPENS_AFTER + 1
-        time.sleep(0.5)
+        clock.now += pause
         down = False
         assert source.score([rollout(4)]).result().tolist() == [2.0]
         down = True
@@ -246,7 +336,8 @@ def test_a_service_that_is_down_is_left_alone_and_asked_again_once_after_a_pause
 
 
 def test_a_probe_has_one_attempt_and_everybody_else_waits_for_it():
-    breaker = Breaker(pause_s=0.2)
+    clock = Clock()
+    breaker = Breaker(clock=clock)
     for _ in range(OPENS_AFTER - 1):
         breaker.failed("busy")
     breaker.succeeded()
@@ -256,7 +347,7 @@ def test_a_probe_has_one_attempt_and_everybody_else_waits_for_it():
     assert not breaker.probing
     breaker.failed("busy")
     assert breaker.refusal().startswith("busy; not asked")
-    time.sleep(0.2)
+    clock.now += breaker.pause_s
     assert (breaker.refusal(), breaker.probing) == (None, True)
     assert breaker.refusal() is not None
     breaker.succeeded()
