@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rlhf.command import quiet_libraries
+from rlhf.done_file import read_done
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe import schema
 from rlhf.recipe.load import LoadedRecipe, load_recipe, resolved_yaml
-from rlhf.report.status import RunStatus, read_status
+from rlhf.report.status import RunStatus, present_place, read_status
+from rlhf.run_record import read_record
+from rlhf.stage_places import DONE
 from rlhf.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -129,7 +132,7 @@ class Stages(Mapping[str, "StageResult"]):
     def __getitem__(self, name: str) -> StageResult:
         if name not in self.names:
             raise KeyError(f"{name}: the run has {', '.join(self.names)}")
-        return StageResult(self.run / "stages" / name)
+        return StageResult(present_place(self.run, name, read_record(self.run)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -140,14 +143,14 @@ class Stages(Mapping[str, "StageResult"]):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage has left in its folder."""
+    """What one stage has left in its folder; while a changed stage is made again, what it has so far."""
 
     folder: Path
 
     @property
     def done(self) -> bool:
         """Whether it came to its end."""
-        return (self.folder / "done.json").is_file()
+        return (self.folder / DONE).is_file()
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -166,8 +169,7 @@ class StageResult:
     @property
     def summary(self) -> dict[str, Any]:
         """What the stage says of its result: counts, accuracy on held-out rows and the like; empty until it is done."""
-        path = self.folder / "done.json"
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["summary"] if self.done else {}
+        summary: dict[str, Any] = read_done(self.folder / DONE)["summary"] if self.done else {}
         return summary
 
     @property

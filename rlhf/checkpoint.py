@@ -205,7 +205,7 @@ def _metric(info: Mapping[str, Any], name: str) -> float:
 
 
 def _differences(folder: Path, content: Mapping[str, Any]) -> list[str]:
-    found = broken(folder, content["files"], beside=(MANIFEST,))
+    found = broken(folder, content["files"])
     named = folder.name.partition(REPLACED)[0]
     if named != f"step-{content['step']:08d}":
         found.insert(0, f"{MANIFEST}: of step {content['step']}, in a folder named {named}")

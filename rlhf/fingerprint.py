@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import rlhf
 from rlhf.recipe.base import FunctionJudge, StageData
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
@@ -25,23 +24,43 @@ SHAPE = (
 WITHOUT_RESULT = {"max_tokens_per_microbatch", "samples"}
 """Settings of a stage that do not bear on its result."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
+RESULTS = {
+    "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 1,
+    "dpo": 1, "robust_dpo": 1, "ipo": 1, "hinge": 1, "simpo": 1, "orpo": 1, "kto": 1,
+    "ppo": 1, "grpo": 1, "dr_grpo": 1, "rloo": 1, "reinforce_pp": 1, "online_dpo": 1,
+}  # fmt: skip
+"""A number for each kind of stage, part of its key.
+
+Raise it when the same settings, data and upstream stages give other results than before, beyond rounding: another loss
+or estimate, another order or seed, another rendering of text, another default of a setting. Then finished stages of
+that kind, and all that follow from them, are made again. A faster way to the same result, a new setting whose default
+is how it was, or a new version leave it alone.
+"""
+
+VERSION = "version"
+"""What stood in contents before `RESULTS`; it is not compared."""
 
 
-def stage_content(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> dict[str, Any]:
+def stage_content(
+    stage: Stage, recipe: Recipe, keys: Mapping[str, str], exclude_defaults: bool = False
+) -> dict[str, Any]:
     """Return all that a stage's result depends on: settings, files, upstream keys, and what of the recipe bears on it.
 
-    Files are told by their names and digests, wherever they are.
+    Files are told by their names and digests, wherever they are. `exclude_defaults` leaves out the settings that stand
+    at their defaults, for `completed`.
     """
     files = sorted(_files(stage))
-    settings = json.dumps(stage.model_dump(mode="json", exclude=WITHOUT_RESULT), sort_keys=True)
+    dumped = stage.model_dump(mode="json", exclude=WITHOUT_RESULT, exclude_defaults=exclude_defaults)
+    settings = json.dumps(dumped, sort_keys=True)
     for file in files:
         settings = settings.replace(json.dumps(str(file))[1:-1], json.dumps(file.name)[1:-1])
+    budget = recipe.budget if _is_limited(stage) else None
     return {
-        "version": rlhf.__version__,
+        "results": RESULTS[stage.kind],
         "seed": recipe.seed,  # a stage's own is among its settings
-        "budget": recipe.budget.model_dump() if recipe.budget and _is_limited(stage) else None,
+        "budget": budget.model_dump(exclude_defaults=exclude_defaults) if budget else None,
         "dtype": recipe.model.dtype,
-        "tuning": recipe.tuning.model_dump(mode="json"),
+        "tuning": recipe.tuning.model_dump(mode="json", exclude_defaults=exclude_defaults),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,
         "stage": json.loads(settings),
@@ -53,6 +72,26 @@ def stage_content(stage: Stage, recipe: Recipe, keys: Mapping[str, str]) -> dict
 def content_key(content: Mapping[str, Any]) -> str:
     """Return the key of a stage's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def completed(old: Mapping[str, Any], new: Mapping[str, Any], without_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content that a stage was made of, perhaps by another version, in the terms of this one.
+
+    `new` is what the stage has now, and `without_defaults` the same without the settings at their defaults: a setting
+    that `old` does not know, because it is younger, stood at its default. The stage is as wanted when the result
+    equals `new`.
+    """
+    known = {name: value for name, value in old.items() if name != VERSION}
+    filled: dict[str, Any] = _filled({"results": 1} | known, new, without_defaults)
+    return filled
+
+
+def _filled(old: Any, new: Any, without_defaults: Any) -> Any:
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return old
+    given = without_defaults if isinstance(without_defaults, Mapping) else {}
+    kept = {name: _filled(value, new.get(name), given.get(name)) for name, value in old.items()}
+    return kept | {name: value for name, value in new.items() if name not in old and name not in given}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], place: str = "") -> list[str]:

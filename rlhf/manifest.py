@@ -6,7 +6,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
@@ -59,28 +60,19 @@ def seal_file(path: Path) -> Seal:
     return _read(path, flush=True)
 
 
-def broken(folder: Path, sealed: Mapping[str, Any], beside: Collection[str] = ()) -> list[str]:
-    """Return every difference between `folder` and the seals that `seal` returned, in words; empty when whole.
+def broken(folder: Path, sealed: Mapping[str, Any]) -> list[str]:
+    """Return every difference between the files of `folder` and their seals of `seal`, in words; empty when whole.
 
-    Files named in `beside` may be there too. Symbolic links are not followed, nor is any path that leaves the folder;
-    empty folders do not matter. Raises ResourceError when this process may not read a file, or not now.
+    What is sealed must be there as it was; other files beside it (notes, links, an operating system's own) do not
+    matter and are not looked at. Symbolic links are not followed, nor is any path that leaves the folder. Raises
+    ResourceError when this process may not read a sealed file, or not now.
     """
     if folder.is_symlink() or not folder.is_dir():
         return [".: not a folder"]
-    try:
-        files, _, odd = _contents(folder)
-    except FileNotFoundError:
-        return [".: missing"]
-    except OSError as error:
-        return [f".: {_unreadable(folder, error)}"]
     names = sorted(sealed)
     with _readers(len(names)) as pool:
-        verdicts = pool.map(lambda name: odd.get(name) or _difference(name, sealed[name], files.get(name)), names)
-        found = [f"{shown(name)}: {wrong}" for name, wrong in zip(names, verdicts, strict=True) if wrong]
-    found += [f"{shown(name)}: {what}" for name, what in odd.items() if name not in sealed]
-    return found + [
-        f"{shown(name)}: not in the manifest" for name in files if name not in sealed and name not in beside
-    ]
+        verdicts = pool.map(lambda name: _difference(folder, name, sealed[name]), names)
+        return [f"{shown(name)}: {wrong}" for name, wrong in zip(names, verdicts, strict=True) if wrong]
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -162,20 +154,25 @@ def _contents(folder: Path) -> tuple[dict[str, Path], list[Path], dict[str, str]
     return files, sorted(folders, key=lambda path: -len(path.parts)), odd
 
 
-def _difference(name: str, sealed: Any, path: Path | None) -> str:
+def _difference(folder: Path, name: str, sealed: Any) -> str:
     """Return what is wrong with one file, "" when it is as it was sealed."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts or "\0" in name:
         return "the path leaves the folder"
-    if path is None:
-        return "missing"
     if not isinstance(sealed, Mapping) or not isinstance(sealed.get("size"), int):
         return "sealed with neither size nor sha256"
+    path = folder / name
     try:
-        size = path.lstat().st_size
-        if size != sealed["size"]:
-            return f"{'truncated' if size < sealed['size'] else 'grown'}: {size} of {sealed['size']} bytes"
+        if any(parent.is_symlink() for parent in path.parents if parent != folder and folder in parent.parents):
+            return "behind a symbolic link"
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            return "a symbolic link" if stat.S_ISLNK(found.st_mode) else "not a file"
+        if found.st_size != sealed["size"]:
+            short = found.st_size < sealed["size"]
+            return f"{'truncated' if short else 'grown'}: {found.st_size} of {sealed['size']} bytes"
         return "" if _read(path, flush=False) == sealed else "changed"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except OSError as error:
         return _unreadable(path, error)

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
-from rlhf.errors import RecipeError
+from rlhf.done_file import damaged, read_done
+from rlhf.errors import DataError, RecipeError
 from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
@@ -32,7 +33,8 @@ from rlhf.run_folder import locked, write_inputs
 from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
-from rlhf.stage_run import Surroundings, run_stages
+from rlhf.stage_places import DONE, stage_folder
+from rlhf.stage_run import Surroundings, check_stages, run_stages
 from rlhf.terminal import Terminal
 
 
@@ -45,7 +47,8 @@ def run_recipe(
 ) -> Path:
     """Run all stages that are not done yet and return the run folder; `launch` builds the roles' backend.
 
-    An unfinished stage goes on from its last saved state, those named in `restart` begin anew.
+    An unfinished stage resumes from its last saved state, those named in `restart` begin from scratch. The folder's
+    recipe is that of the last run that passed every check.
 
     Raises:
         Interrupted: a signal came; what was under way is saved.
@@ -57,9 +60,8 @@ def run_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Terminal()
     start = time.monotonic()
-    with locked(folder), logged(folder), recorded(folder):
+    with locked(folder), logged(folder), recorded(folder) as recorder:
         sweep(default_cache())
-        write_inputs(folder, loaded)
         resources = local_resources()
         console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)
         models = _models(recipe)
@@ -67,14 +69,18 @@ def run_recipe(
         check_disjoint(loaded.recipe)
         check_tokens(loaded.recipe)
         check_functions(loaded.recipe)
+        folders = check_stages(recipe, folder, models, restart)
         with (
             Display(console) as display,
             Interrupts(display.say) as interrupts,
             open_sinks(recipe, folder) as sinks,
             launch(recipe) as launcher,
         ):
-            run = Surroundings(recipe, folder, models, resources.cpus, launcher, display, interrupts, sinks)
-            run_stages(run, restart)
+            write_inputs(folder, loaded)
+            run = Surroundings(
+                recipe, folder, models, resources.cpus, launcher, display, interrupts, sinks, recorder.working_on
+            )
+            run_stages(run, folders)
         _show_result(recipe, folder, console)
     console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
     return folder
@@ -105,10 +111,13 @@ def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:
     for stage in recipe.stages:
         if stage.kind != "compare":
             continue
-        source = folder / "stages" / stage.name
-        for name in ("report.html", "report.json", "leaderboard.csv"):
-            shutil.copyfile(source / name, folder / name)
-        comparison = read_json(source / "report.json")
+        source = stage_folder(folder, stage.name)
+        try:
+            for name in ("report.html", "report.json", "leaderboard.csv"):
+                shutil.copyfile(source / name, folder / name)
+            comparison = read_json(source / "report.json")
+        except (FileNotFoundError, DataError) as error:  # of a stage whose version did not seal its report
+            raise damaged(source, "its report is missing or changed", read_done(source / DONE)["key"]) from error
         console.print(comparison_table(comparison))
         console.print(verdict(comparison), markup=False, highlight=False)
         console.print(f"report: {source / 'report.html'}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Which process runs, and how it ended: `run.json` of the run folder, for who looks on."""
+"""Which process runs, what it works on, and how it ended: `run.json` of the run folder, for `rlhf status`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Outcome = Literal["running", "done", "interrupted", "failed"]
 class RunRecord:
     """The last process that ran a folder; times are seconds since the epoch, and `error` is why it did not finish.
 
-    `running` may be said of a process that is gone: one that was killed says nothing.
+    `running` may be said of a process that is gone: one that was killed says nothing. `stage` is the one that was last
+    worked on and is not known to be done.
     """
 
     pid: int
@@ -33,6 +34,7 @@ class RunRecord:
     ended: float | None = None
     outcome: Outcome = "running"
     error: str = ""
+    stage: str = ""
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -43,23 +45,41 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
 
 
+class Recorder:
+    """Writes the record of this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        earlier = read_record(folder)
+        self.record = RunRecord(os.getpid(), socket.gethostname(), time.time(), stage=earlier.stage if earlier else "")
+        _write(folder, self.record)
+
+    def working_on(self, stage: str) -> None:
+        """Say which stage is worked on from now on."""
+        self.record.stage = stage
+        _write(self.folder, self.record)
+
+    def end(self, outcome: Outcome, error: str = "") -> None:
+        """Say how the process ended."""
+        self.record.outcome, self.record.error, self.record.ended = outcome, printable(error, LONGEST), time.time()
+        self.record.stage = "" if outcome == "done" else self.record.stage
+        _write(self.folder, self.record)
+
+
 @contextmanager
-def recorded(folder: Path) -> Iterator[None]:
+def recorded(folder: Path) -> Iterator[Recorder]:
     """Keep the record of this process while it runs."""
-    record = RunRecord(os.getpid(), socket.gethostname(), time.time())
-    _write(folder, record)
+    recorder = Recorder(folder)
     try:
-        yield
-        record.outcome = "done"
+        yield recorder
     except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
-        record.outcome, record.error = "interrupted", printable(str(stop), LONGEST)
+        recorder.end("interrupted", str(stop))
         raise
     except BaseException as error:
-        record.outcome, record.error = "failed", printable(str(error) or type(error).__name__, LONGEST)
+        recorder.end("failed", str(error) or type(error).__name__)
         raise
-    finally:
-        record.ended = time.time()
-        _write(folder, record)
+    else:
+        recorder.end("done")
 
 
 def _write(folder: Path, record: RunRecord) -> None:

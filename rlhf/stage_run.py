@@ -1,4 +1,4 @@
-"""Runs the stages of a recipe: what is done is reused, what was interrupted goes on, what failed is retried."""
+"""Runs the stages of a recipe: finished ones are reused, interrupted ones resume, failed ones are retried."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from rlhf.recipe.stage_schema import Stage
 from rlhf.report.curves import Curve
 from rlhf.report.diagnosis import diagnose_curve, diagnose_end
 from rlhf.roles import Launcher
-from rlhf.run_folder import STATES, StageFolder
+from rlhf.run_folder import environment
 from rlhf.sinks.base import Sink
+from rlhf.stage_folder import StageFolder
+from rlhf.stage_places import STATES, stage_folder
 from rlhf.stages import annotate, classify, compare, kto, online, preference, reward, sft, synthesize
 from rlhf.stages.context import StageContext
 from rlhf.stages.recovery import StageRecovery
@@ -47,7 +49,11 @@ STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What all stages of a run share; `models` maps `base` and the recipe's checkpoints to their folders."""
+    """What all stages of a run share.
+
+    `models` maps `base` and the recipe's checkpoints to their folders; `working_on` is called with the name of each
+    stage that a process begins to work on.
+    """
 
     recipe: Recipe
     folder: Path
@@ -57,21 +63,41 @@ class Surroundings:
     display: Display
     interrupts: Interrupts
     sink: Sink | None
+    working_on: Callable[[str], None]
 
 
-def run_stages(run: Surroundings, restart: Collection[str] = ()) -> None:
-    """Run all stages that are not done; those of `restart` begin anew. Stages whose files are damaged run again."""
-    recipe = run.recipe
-    keys = {name: folder_digest(model) for name, model in run.models.items()}
+def check_stages(
+    recipe: Recipe, folder: Path, models: Mapping[str, Path], restart: Collection[str] = ()
+) -> list[StageFolder]:
+    """Return the folders of the recipe's stages in their order, each with what is there of it; nothing is begun.
+
+    Those of `restart` begin from scratch. Raises RecipeError for a stage that was interrupted with other settings, and
+    DataError for a finished one whose files are damaged.
+    """
+    keys = {name: folder_digest(model) for name, model in models.items()}
+    found = []
+    for stage in recipe.stages:
+        content = stage_content(stage, recipe, keys)
+        lean = stage_content(stage, recipe, keys, exclude_defaults=True)
+        made = StageFolder(stage_folder(folder, stage.name), content, lean, stage.name in restart)
+        made.check()
+        keys[stage.name] = made.key
+        found.append(made)
+    return found
+
+
+def run_stages(run: Surroundings, folders: Collection[StageFolder]) -> None:
+    """Run the stages that are not done; `folders` are those of `check_stages`."""
     outputs = dict(run.models)
-    for number, stage in enumerate(recipe.stages, start=1):
-        made = StageFolder(run.folder / "stages" / stage.name, stage_content(stage, recipe, keys))
-        keys[stage.name], outputs[stage.name] = made.key, made.folder
-        label = f"[{number}/{len(recipe.stages)}] {stage.name}"
-        if stage.name not in restart and made.reusable():
+    for number, (stage, made) in enumerate(zip(run.recipe.stages, folders, strict=True), start=1):
+        outputs[stage.name] = made.folder
+        label = f"[{number}/{len(run.recipe.stages)}] {stage.name}"
+        if made.whole:
+            made.reuse(run.recipe.recovery.keep_old, run.display.say)
             run.display.say(f"{label}: unchanged, reused")
             continue
-        made.prepare(restart=stage.name in restart)
+        run.working_on(stage.name)
+        made.prepare()
         began = time.monotonic()
         summary = _until_done(run, stage, made, outputs)
         run.display.say(f"{label}: done in {time.monotonic() - began:.0f} s  {_brief(summary)}")
@@ -98,27 +124,32 @@ def _until_done(run: Surroundings, stage: Stage, made: StageFolder, outputs: Map
             continue
         run.launcher.release()
         context.tracker.flush()
-        made.finish(summary, context.cost())
+        made.finish(summary, context.cost(), _origin(run.recipe), run.recipe.recovery.keep_old, run.display.say)
         for diagnosis in diagnose_end(context.tracker.curve):
             log.warning("%s: %s", stage.name, diagnosis)
         return summary
 
 
+def _origin(recipe: Recipe) -> dict[str, Any]:
+    """Return what a stage is made from beside its own content: the models that the run began with, and the software."""
+    model = recipe.model.model_dump(mode="json")
+    return {"model": model, "checkpoints": dict(recipe.checkpoints), "environment": environment()}
+
+
 def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mapping[str, Path]) -> StageContext:
-    tracker = Tracker(stage.name, made.folder, run.display, run.sink, watcher(stage, run.recipe))
+    place = made.place
+    tracker = Tracker(stage.name, place, run.display, run.sink, watcher(stage, run.recipe))
     return StageContext(
         recipe=run.recipe,
         stage=stage,
-        folder=made.folder,
+        folder=place,
         outputs=outputs,
         launcher=run.launcher,
         tracker=tracker,
         threads=threads(run.recipe, stage, int(run.cpus)),
         max_length=longest(run.recipe),
         devices=accelerators(run.recipe, stage) or run.cpus,
-        recovery=StageRecovery(
-            made.folder / STATES, made.key, made.content, run.recipe.recovery, tracker, run.interrupts
-        ),
+        recovery=StageRecovery(place / STATES, made.key, made.content, run.recipe.recovery, tracker, run.interrupts),
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.fingerprint import content_key, file_digest, folder_digest, stage_content, upstream
+from rlhf.fingerprint import RESULTS, completed, content_key, file_digest, folder_digest, stage_content, upstream
 from rlhf.recipe.load import load_recipe
+from rlhf.stage_run import STAGES
 
 RECIPE = """\
 name: trial
@@ -60,6 +61,42 @@ def keys(folder: Path, *overrides: str, base: str = "b") -> dict[str, str]:
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {name for name in before.keys() - {"base"} if before[name] != after[name]}
+
+
+def contents(folder: Path, stage: str, *overrides: str) -> tuple[dict, dict]:
+    """Return the content of a stage, and the same without what stands at its default."""
+    recipe = load_recipe(folder / "recipe.yaml", overrides).recipe
+    found = dict.fromkeys(("base", *ALL), "k")
+    (one,) = (one for one in recipe.stages if one.name == stage)
+    return stage_content(one, recipe, found), stage_content(one, recipe, found, exclude_defaults=True)
+
+
+def test_every_kind_has_a_number_of_its_results_and_no_key_holds_a_version(folder, monkeypatch):
+    assert RESULTS.keys() == STAGES.keys()
+    before = keys(folder)
+    monkeypatch.setattr("rlhf.__version__", "99")
+    assert keys(folder) == before
+    monkeypatch.setitem(RESULTS, "reward", 2)
+    assert changed(before, keys(folder)) == {"rm", "ppo", "duel"}
+
+
+@pytest.mark.parametrize("stage", sorted(ALL))
+def test_a_setting_that_an_older_version_did_not_have_stood_at_its_default(folder, stage):
+    new, lean = contents(folder, stage)
+    old = new | {"version": "0.1.0", "stage": lean["stage"], "tuning": lean["tuning"]}
+    del old["results"]
+    assert completed(old, new, lean) == new
+    assert completed(old | {"seed": 18}, new, lean) != new
+    assert completed(old | {"stage": lean["stage"] | {"gone": 1}}, new, lean) != new
+    assert completed(old, new | {"results": 2}, lean | {"results": 2}) != new | {"results": 2}
+
+
+def test_a_setting_that_is_given_is_not_what_an_older_version_did(folder):
+    old, _ = contents(folder, "dpo")
+    for override in ("stages.dpo.beta=0.5", "stages.dpo.optimizer.warmup_steps=3", "tuning={kind: full}"):
+        new, lean = contents(folder, "dpo", override)
+        less = old | {"stage": {name: value for name, value in old["stage"].items() if name not in ("beta",)}}
+        assert completed(less, new, lean) != new, override
 
 
 def test_keys_are_stable_and_no_two_stages_share_one(folder):

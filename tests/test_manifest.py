@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 
 import pytest
 
@@ -42,12 +43,12 @@ def test_a_manifest_says_what_is_there(tmp_path):
         (lambda at: (at / "sub" / "abc").write_bytes(b"abcd"), "sub/abc: grown: 4 of 3 bytes"),
         (lambda at: (at / "sub" / "abc").write_bytes(b"abd"), "sub/abc: changed"),
         (lambda at: (at / "empty").unlink(), "empty: missing"),
-        (lambda at: (at / "new").write_bytes(b""), "new: not in the manifest"),
-        (lambda at: (at / "\x1b[2J").write_bytes(b""), "'\\x1b[2J': not in the manifest"),
-        (lambda at: ((at / "empty").unlink(), (at / "empty").mkdir()), "empty: missing"),
+        (lambda at: ((at / "empty").unlink(), (at / "empty").mkdir()), "empty: not a file"),
+        (lambda at: ((at / "empty").unlink(), os.mkfifo(at / "empty")), "empty: not a file"),
+        (lambda at: shutil.rmtree(at / "sub"), "sub/abc: missing"),
+        (lambda at: (shutil.rmtree(at / "sub"), (at / "sub").touch()), "sub/abc: missing"),
         (lambda at: ((at / "empty").unlink(), (at / "empty").symlink_to("/dev/null")), "empty: a symbolic link"),
-        (lambda at: (at / "link").symlink_to(at / "sub"), "link: a symbolic link"),
-        (lambda at: os.mkfifo(at / "pipe"), "pipe: neither file nor folder"),
+        (lambda at: ((at / "sub").rename(at / "x"), (at / "sub").symlink_to("x")), "sub/abc: behind a symbolic link"),
         (lambda at: (at / "manifest.json").unlink(), "manifest.json: missing"),
         (lambda at: (at / "manifest.json").write_bytes(b"{}"), "manifest.json: changed since it was written"),
         (lambda at: (at / "manifest.json").write_bytes(b"[" * 100_000), "manifest.json: truncated or damaged"),
@@ -60,6 +61,8 @@ def test_a_manifest_says_what_is_there(tmp_path):
         (lambda at: forge(at, files=[]), "manifest.json: files is missing or of another type"),
         (lambda at: forge(at, files={"../x": {}, "sub/abc": {}, "empty": {}}), "../x: the path leaves the folder"),
         (lambda at: forge(at, files={"/dev/zero": {}}), "/dev/zero: the path leaves the folder"),
+        (lambda at: forge(at, files={"a\0b": {}}), "'a\\x00b': the path leaves the folder"),
+        (lambda at: forge(at, files={"\x1b[2J": {"size": 0}}), "'\\x1b[2J': missing"),
         (lambda at: forge(at, files={"sub/abc": 3, "empty": {}}), "sub/abc: sealed with neither size nor sha256"),
     ],
 )
@@ -73,6 +76,32 @@ def test_every_difference_is_told_and_set_aside(tmp_path, caplog, damage, said):
     [record] = caplog.records
     assert (record.name, record.levelname) == ("rlhf", "WARNING")
     assert str(state) in record.getMessage()
+
+
+def hidden(folder):
+    """Put a folder beside the files that nobody may read."""
+    (folder / "lost+found").mkdir(mode=0)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda at: (at / "NOTES.txt").write_text("good one"),
+        lambda at: (at / "sub" / ".nfs0001").write_bytes(b""),
+        lambda at: (at / ".DS_Store").write_bytes(b"\0"),
+        lambda at: (at / "pytorch_model.bin").write_bytes(b"pickle"),
+        lambda at: (at / "link").symlink_to(at / "sub"),
+        lambda at: (at / "nowhere").symlink_to("/nowhere"),
+        lambda at: os.mkfifo(at / "pipe"),
+        hidden,
+    ],
+)
+def test_what_is_not_sealed_is_no_damage(tmp_path, caplog, add):
+    state = save(tmp_path, 5)
+    add(state.folder)
+    assert problems(state.folder) == []
+    assert newest(tmp_path, "k") == state
+    assert caplog.records == []
 
 
 def test_a_manifest_that_is_a_link_is_not_followed(tmp_path):
@@ -116,7 +145,7 @@ def test_a_sealed_model_is_checked(tmp_path):
     assert broken(model, json.loads(json.dumps(sealed))) == []
     (model / "pytorch_model.bin").write_bytes(b"")
     (model / "sub" / "abc").write_bytes(b"abd")
-    assert broken(model, sealed) == ["sub/abc: changed", "pytorch_model.bin: not in the manifest"]
+    assert broken(model, sealed) == ["sub/abc: changed"]
     assert broken(tmp_path / "absent", sealed) == [".: not a folder"]
     (tmp_path / "link").symlink_to(model)
     assert broken(tmp_path / "link", sealed) == [".: not a folder"]

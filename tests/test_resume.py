@@ -124,15 +124,22 @@ def test_an_unknown_stage_cannot_be_restarted(folder):
     assert (result.exit_code, "no such stage" in result.stderr) == (2, True)
 
 
-def test_a_finished_stage_runs_again_when_its_model_is_damaged(folder):
+def test_a_damaged_stage_is_said_and_not_made_over(folder):
     assert run(folder).exit_code == 0
     assert "unchanged, reused" in run(folder).stdout
     model = folder / "out" / "stages" / "sft" / "model" / "model.safetensors"
-    digest = model.read_bytes()
-    model.write_bytes(digest[:-8])
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-8])
     result = run(folder)
-    assert "runs again: it is damaged (model.safetensors: truncated" in " ".join(result.stdout.split())
-    assert model.read_bytes() == digest
+    assert result.exit_code == 3
+    assert "stages/sft is damaged (model/model.safetensors: truncated" in result.stderr
+    assert "--restart sft" in result.stderr
+    assert model.read_bytes() == whole[:-8]
+    result = run(folder, "--restart", "sft")
+    assert result.exit_code == 0, result.stderr
+    assert model.read_bytes() == whole
+    (kept,) = folder.glob("out/stages/sft.*")
+    assert (kept / "model" / "model.safetensors").read_bytes() == whole[:-8]
 
 
 def test_a_lost_process_makes_the_stage_go_on_from_its_last_state(folder, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,16 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import rlhf
+from rlhf.done_file import read_done
 from rlhf.errors import DataError
 from rlhf.export.folders import CARD
 from rlhf.export.lineage import UNKNOWN, Base, base_of, lineage
-from rlhf.export.source import DONE, STAGES, FinishedStage, read_recipe
+from rlhf.export.source import FinishedStage
 from rlhf.metrics_file import METRICS, MetricsFile
 from rlhf.report.json import read_json
 from rlhf.report.results import Comparison, show
 from rlhf.report.table import percent, verdict
+from rlhf.stage_places import DONE, stage_folders
 from rlhf.untrusted import redacted, visible
 
 LONGEST = 300
@@ -103,7 +104,9 @@ def _body(stage: FinishedStage, base: Base, facts: Facts) -> Iterator[str]:
     yield f"{facts.how}\n"
     yield f"Verified: {facts.verified}.\n"
     yield "## Versions\n"
-    yield from _table(("package", "version"), [(code(name), code(version)) for name, version in _versions(stage.run)])
+    installed = {name: version for name, version in stage.versions.items() if name != "platform"}
+    rows = [(code(name), code(version)) for name, version in installed.items() if version != "not installed"]
+    yield from _table(("package", "version"), rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -124,16 +127,17 @@ def _metrics(stage: FinishedStage) -> list[tuple[str, Any]]:
 
 
 def _comparison(stage: FinishedStage) -> Comparison | None:
-    """Return the run's last finished comparison that the stage was in, None where there is none."""
-    for name in reversed([one["name"] for one in read_recipe(stage.run)["stages"] if one["kind"] == "compare"]):
-        folder = stage.run / STAGES / name
-        if not (folder / DONE).is_file():
-            continue
+    """Return the run's last finished comparison that this very stage was in, None where there is none."""
+    files = [folder / DONE for folder in stage_folders(stage.run) if (folder / DONE).is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
-            comparison = read_json(folder / "report.json")
+            content = read_done(file)["content"]
+            if content["stage"]["kind"] != "compare":
+                continue
+            comparison = read_json(file.with_name("report.json"))
         except DataError:
             continue
-        if any(stage.name in (item.name, run.name) for item in comparison.candidates for run in item.runs):
+        if content["upstream"].get(stage.stage) == stage.done["key"]:
             return comparison
     return None
 
@@ -157,10 +161,3 @@ def _compared(comparison: Comparison) -> Iterator[str]:
         ],
     )
     yield f"{plain(verdict(comparison))}\n"
-
-
-def _versions(run: Path) -> list[tuple[str, str]]:
-    file = run / "environment.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    packages = {"python": found.get("python"), **found.get("packages", {})}
-    return [(name, version) for name, version in packages.items() if version and version != "not installed"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import RecipeError
-from rlhf.export.source import DONE, STAGES, FinishedStage, find_stage, read_done, read_recipe
+from rlhf.export.source import FinishedStage
 from rlhf.models.gguf import locate_gguf
 
 UNKNOWN = "unknown"
@@ -47,16 +47,15 @@ class Step:
 def lineage(stage: FinishedStage) -> list[Step]:
     """Return the stages from the base to this one, in an order in which they could run.
 
-    A stage that was made again since is marked, as it is no longer what this one was made from.
+    A stage that was made again since, and is not kept, is marked: it is no longer what this one was made from.
     """
     steps: dict[str, Step] = {}
 
     def visit(one: FinishedStage, key: str) -> None:
         for name, wanted in one.content["upstream"].items():
-            file = stage.run / STAGES / name / DONE
-            if name not in steps and file.is_file():
-                visit(FinishedStage(stage.run, name, read_done(file)), wanted)
-        steps[one.name] = _step(one, changed=one.done["key"] != key)
+            if name not in steps and (made_from := one.upstream(name)) is not None:
+                visit(made_from, wanted)
+        steps[one.stage] = _step(one, changed=one.done["key"] != key)
 
     visit(stage, stage.done["key"])
     return list(steps.values())
@@ -64,7 +63,7 @@ def lineage(stage: FinishedStage) -> list[Step]:
 
 def base_of(stage: FinishedStage) -> Base:
     """Return the model that the run of a stage began with; of a model on this machine no more than its name."""
-    model = read_recipe(stage.run)["model"]
+    model = stage.base
     path, revision = str(model["path"]), model.get("revision")
     if path.startswith("gguf://"):
         name = path if not path.startswith("gguf:///") else path.rpartition("/")[2]
@@ -82,8 +81,8 @@ def parent_name(stage: FinishedStage) -> str:
     parent = stage.parent or "base"
     if parent == "base":
         return base_of(stage).name
-    if (stage.run / STAGES / parent).is_dir():
-        return find_stage(stage.run / parent).title
+    if (made_from := stage.upstream(parent)) is not None:
+        return made_from.title
     return str(parent)
 
 
@@ -103,7 +102,7 @@ def _step(stage: FinishedStage, changed: bool) -> Step:
     for name in ("data", "prompts", "seeds"):
         if hub := (settings.get(name) or {}).get("hub"):
             data[f"{hub} ({settings[name].get('split')})"] = settings[name].get("revision") or "no revision given"
-    return Step(stage.name, stage.kind, tuple(stage.content["upstream"]), tuple(said), data, changed)
+    return Step(stage.stage, stage.kind, tuple(stage.content["upstream"]), tuple(said), data, changed)
 
 
 def _of(section: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, RecipeError
-from rlhf.manifest import SEALED, broken, shown
+from rlhf.done_file import Damaged, damage, damaged, read_done
+from rlhf.errors import RecipeError
+from rlhf.manifest import SEALED, shown
 from rlhf.models.folder import check_folder
 from rlhf.models.loading import resolve_model
 from rlhf.recipe.schema import ModelSource
-from rlhf.recipe.source import parse
-
-STAGES = "stages"
-DONE = "done.json"
+from rlhf.report.runs import read_environment, read_recipe, versions
+from rlhf.stage_places import DONE, STAGES, kept_folders, stage_folder, stage_folders, stage_of
 
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """A stage that is done; `done` is what its `done.json` says."""
+    """A stage that is done; `name` is that of its folder, and `done` is what its `done.json` says."""
 
     run: Path
     name: str
@@ -31,7 +30,12 @@ class FinishedStage:
     @property
     def folder(self) -> Path:
         """The stage's own folder in the run."""
-        return self.run / STAGES / self.name
+        return stage_folder(self.run, self.name)
+
+    @property
+    def stage(self) -> str:
+        """The stage's name in the recipe, also of one that was replaced since and is kept."""
+        return stage_of(self.folder)
 
     @property
     def title(self) -> str:
@@ -49,6 +53,20 @@ class FinishedStage:
         """The stage as the recipe had it, every default written out; files by their names alone."""
         settings: dict[str, Any] = self.content["stage"]
         return settings
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The recipe's `model` section as it was when the stage was made."""
+        base: dict[str, Any] = self._made_from("model") or read_recipe(self.run)["model"]
+        return base
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions that the stage was made with, by name; empty where they are not known."""
+        made = self._made_from("environment")
+        if made is not None:
+            return versions(made)
+        return read_environment(self.run) if (self.run / "environment.json").is_file() else {}
 
     @property
     def kind(self) -> str:
@@ -85,13 +103,9 @@ class FinishedStage:
         return self.done.get(SEALED[folder.name]) or None
 
     def check_whole(self) -> None:
-        """Raise DataError where the model or the adapter are not as they were when the stage was done."""
-        for folder in (self.model, self.adapter):
-            sealed = self.seals(folder) if folder else None
-            if folder and sealed and (wrong := broken(folder, sealed)):
-                raise DataError(
-                    f"{shown(str(folder))} is damaged ({wrong[0]}); `rlhf run` with the run's recipe makes it again"
-                )
+        """Raise DataError where anything that the stage left is not as it was when the stage was done."""
+        if wrong := damage(self.folder, self.done):
+            raise damaged(self.folder, wrong[0], self.done["key"])
 
     def merged(self) -> Path:
         """Return the merged model; RecipeError where the tuning cannot be merged."""
@@ -107,14 +121,32 @@ class FinishedStage:
         parent = self.parent
         if parent is None:
             raise RecipeError(f"stage {self.name} ({self.kind}) trains no model")
-        if (self.run / STAGES / parent).is_dir():
-            return find_stage(self.run / parent).merged()
-        recipe = read_recipe(self.run)
-        source = ModelSource.model_validate(recipe["model"] | {"chat_template": _path(recipe["model"])})
+        if stage_folder(self.run, parent).is_dir():
+            made_from = self.upstream(parent)
+            return find_stage(self.run / (made_from.name if made_from else parent)).merged()
+        source = ModelSource.model_validate(self.base | {"chat_template": _path(self.base)})
         if parent != "base":
-            path = recipe.get("checkpoints", {}).get(parent)
-            source = source.model_copy(update={"path": path, "revision": None})
+            checkpoints = self._made_from("checkpoints") or read_recipe(self.run).get("checkpoints", {})
+            source = source.model_copy(update={"path": checkpoints.get(parent), "revision": None})
         return resolve_model(source)
+
+    def upstream(self, name: str) -> FinishedStage | None:
+        """Return the stage that this one was made from, its files unchecked; None where that is not finished.
+
+        It may have been replaced since, and be kept; where it is not, this is the stage that has its name now.
+        """
+        folder, wanted = stage_folder(self.run, name), self.content["upstream"].get(name)
+        found = {place: done for place in (folder, *kept_folders(folder)) if (done := _read(place)) is not None}
+        match = [place for place, done in found.items() if done["key"] == wanted]
+        if not match and folder not in found:
+            return None
+        place = match[0] if match else folder
+        return FinishedStage(self.run, place.name, found[place])
+
+    def _made_from(self, what: str) -> dict[str, Any] | None:
+        """Return what was sealed with the stage; None for a stage of a version that did not seal it."""
+        found: dict[str, Any] | None = self.done.get("made_from", {}).get(what)
+        return found
 
     def _left(self, name: str, proof: str) -> Path | None:
         folder = self.folder / name
@@ -177,24 +209,12 @@ def is_language_model(folder: Path) -> bool:
     return any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or [])
 
 
-def read_recipe(run: Path) -> dict[str, Any]:
-    """Return the recipe of a run with every default written out; DataError where it has none."""
-    file = run / "recipe.resolved.yaml"
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; is {run} a run folder?")
-    recipe: dict[str, Any] = parse(file.read_text(encoding="utf-8"), file).plain()
-    return recipe
-
-
-def read_done(file: Path) -> dict[str, Any]:
-    """Return what a `done.json` says; DataError where it is damaged."""
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished stage says; None where it is not finished, or does not say it any more."""
     try:
-        done = json.loads(file.read_bytes())
-        if isinstance(done["content"]["stage"]["kind"], str):
-            return dict(done)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    raise DataError(f"{shown(str(file))} is damaged, or of another version; `rlhf run` makes the stage again")
+        return read_done(folder / DONE) if (folder / DONE).is_file() else None
+    except Damaged:
+        return None
 
 
 def _find_model(given: str) -> NamedModel:
@@ -217,7 +237,7 @@ def _find_model(given: str) -> NamedModel:
 
 
 def _offer(run: Path) -> str:
-    names = sorted(folder.parent.name for folder in run.glob(f"{STAGES}/*/{DONE}"))
+    names = [folder.name for folder in stage_folders(run) if (folder / DONE).is_file()]
     return f"finished are: {', '.join(map(shown, names))}" if names else "none of its stages is finished"
 
 

@@ -64,12 +64,13 @@ def _merged(stage: FinishedStage, folder: Path, kind: GgufType, verify: bool) ->
 
 def _adapter(stage: FinishedStage, folder: Path, kind: GgufType, verify: bool) -> Facts:
     base = parent_name(stage)
+    made_from = stage.upstream(stage.parent or "base")
     agreement = export_adapter(stage, folder, base, verify)
     writes = stage.model is None or is_language_model(stage.model)
     auto = "AutoModelForCausalLM" if writes else "AutoModelForSequenceClassification"
     how = (
         f"The adapter belongs on the model it was trained from, {code(base)}"
-        + ("" if base_of(stage).name == base else f" (export that stage too: `rlhf export RUN/{stage.parent}`)")
+        + (f" (export that stage too: `rlhf export RUN/{made_from.name}`)" if made_from else "")
         + ".\n\n```python\n"
         "from peft import PeftModel\n"
         f"from transformers import {auto}\n\n"

@@ -67,12 +67,15 @@ class Best(Strict):
 
 
 class Recovery(Strict):
-    """What is kept of an unfinished stage, so that an interrupted or failed run goes on where it was."""
+    """What is kept of unfinished stages, to resume an interrupted or failed run, and of finished ones that changed."""
 
     every_minutes: NonNegativeFloat = Field(10, description="save the state of all roles that often; 0 is every step")
     every_steps: PositiveInt | None = Field(None, description="save after so many steps instead")
     keep_last: PositiveInt = Field(2, description="so many states stay on disk")
     keep_best: Best | None = Field(None, description="one more stays: the best step so far")
+    keep_old: NonNegativeInt = Field(
+        1, description="so many finished versions of each stage stay when a changed one has taken their place"
+    )
     restarts: NonNegativeInt = Field(
         3, description="so often may a role's processes be replaced in a run, and a stage go on after a loss"
     )

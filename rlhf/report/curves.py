@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from rlhf.metrics_file import METRICS, MetricsFile, numbers
+from rlhf.stage_places import stage_folders
 
 log = logging.getLogger("rlhf")
 Curve = list[dict[str, float]]
@@ -18,7 +19,8 @@ def read_curves(run_folder: Path) -> dict[str, Curve]:
     redone after a resume counts once. A torn last line (the process died while writing) is left out; so is any other
     damaged line, which a warning names.
     """
-    curves = {path.parent.name: read_curve(path) for path in sorted(run_folder.glob(f"stages/*/{METRICS}"))}
+    files = {folder.name: folder / METRICS for folder in stage_folders(run_folder)}
+    curves = {name: read_curve(file) for name, file in files.items() if file.is_file()}
     started = {name: min((row.get("time", 0.0) for row in rows), default=0.0) for name, rows in curves.items()}
     return {name: curves[name] for name in sorted(curves, key=lambda name: started[name]) if curves[name]}
 

@@ -13,6 +13,7 @@ from rlhf.recipe.base import Budget
 from rlhf.report.results import Comparison, FrontierPoint
 from rlhf.report.samples import CandidateSamples
 from rlhf.report.statistics import compare
+from rlhf.stage_places import stage_folders
 
 FILE = "evaluation.json"
 
@@ -59,7 +60,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
 
 def read_evaluation(run: Path) -> Evaluation:
     """Read the last comparison of a finished run; DataError when the folder has none."""
-    found = sorted(run.glob(f"stages/*/{FILE}"), key=lambda path: path.stat().st_mtime)
+    files = [folder / FILE for folder in stage_folders(run)]
+    found = sorted((file for file in files if file.is_file()), key=lambda path: path.stat().st_mtime)
     if not found:
         raise DataError(f"{run}: no finished comparison in this run folder (stages/*/{FILE}); give its recipe one")
     try:

@@ -29,4 +29,6 @@ def read_json(path: Path) -> Comparison:
         return TypeAdapter(Comparison).validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}:1: not a comparison report ({reason}); run the compare stage again") from error
+        raise DataError(
+            f"{path}:1: not a comparison report ({reason}); `rlhf run` with the run's recipe writes it again"
+        ) from error

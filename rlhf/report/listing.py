@@ -72,7 +72,7 @@ def _listed(folder: Path) -> ListedRun:
     try:
         status = read_status(folder)
         result = _result(folder)
-    except (RlhfError, ValueError, KeyError, TypeError) as error:
+    except (RlhfError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return ListedRun(str(folder), "", "new", None, 0, 0, {}, str(error).splitlines()[0])
     began = status.began or (folder / RECIPE).stat().st_mtime
     return ListedRun(str(folder), status.name, status.state, began, status.finished, len(status.stages), result)

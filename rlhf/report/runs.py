@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, RecipeError
+from rlhf.errors import DataError, RecipeError, RlhfError
 from rlhf.recipe.source import parse
 from rlhf.report.curves import Curve, read_curves
 from rlhf.report.evaluation import merge, read_evaluation
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
 from rlhf.report.results import Comparison
+from rlhf.run_record import read_record
+
+KEYS = ("name", "kind")
+"""What every stage of a resolved recipe has."""
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
@@ -61,15 +65,32 @@ def _curves(runs: Mapping[str, Path]) -> dict[str, Curve]:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Return the resolved recipe of a run folder as plain values; DataError where there is none."""
+    """Return the resolved recipe of a run folder as plain values; DataError where there is none that can be read."""
     path = folder / "recipe.resolved.yaml"
     if not path.is_file():
-        raise DataError(f"{path}: no such file; is {folder} a run folder?")
-    recipe: dict[str, Any] = parse(path.read_text(encoding="utf-8"), path).plain()
-    return recipe
+        refused = (record := read_record(folder)) and record.error
+        why = f"; its last run was refused: {refused.splitlines()[0]}" if refused else ""
+        raise DataError(f"{path}: no such file; is {folder} a run folder?{why}")
+    try:
+        recipe = parse(path.read_text(encoding="utf-8"), path).plain()
+        named = [recipe["name"], recipe["model"]["path"], *(stage[key] for stage in recipe["stages"] for key in KEYS)]
+        if all(isinstance(value, str) for value in named):
+            return dict(recipe)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RlhfError):
+        pass
+    raise DataError(f"{path} is damaged; `rlhf run` with the run's recipe writes it again")
 
 
 def read_environment(folder: Path) -> dict[str, str]:
-    """Return the versions that a run folder says it was made with, by name."""
-    found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    return {"python": found["python"], "platform": found["platform"], **found["packages"]}
+    """Return the versions that a run folder was last run with, by name; DataError where they cannot be read."""
+    path = folder / "environment.json"
+    try:
+        return versions(json.loads(path.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise DataError(f"{path} is missing or damaged; `rlhf run` with the run's recipe writes it again") from None
+
+
+def versions(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions in what `rlhf.run_folder.environment` wrote, by name."""
+    found = {"python": environment["python"], "platform": environment["platform"], **environment["packages"]}
+    return {str(name): str(version) for name, version in found.items()}

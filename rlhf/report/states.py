@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlhf.checkpoint import QUARANTINE, broken, problems, states
-from rlhf.manifest import SEALED, shown
+from rlhf.checkpoint import QUARANTINE, problems, states
+from rlhf.done_file import damage, read_done
+from rlhf.errors import DataError
+from rlhf.manifest import shown
+from rlhf.stage_places import DONE, STAGES, STATES, folder_bytes, stage_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,50 +41,35 @@ def states_table(run: Path) -> Table | None:
             age, size = _age(time.time() - folder.stat().st_mtime), _mebibytes(folder)
         except FileNotFoundError:
             continue  # a running job has just removed it
-        cells = (folder.parent.parent.name, str(_step(folder)), age, size, _verdict(folder))
+        cells = (stage_of(folder.parent.parent), str(_step(folder)), age, size, _verdict(folder))
         table.add_row(*(Text(shown(cell)) for cell in cells))
     return table if table.rows else None
 
 
 def check_run(run: Path) -> Check:
-    """Compare every state of a run, and every model and adapter that `done.json` seals, with their hashes."""
+    """Compare every state of a run, and all that `done.json` seals, kept stages too, with their hashes."""
     found: list[str] = []
     whole, models = 0, 0
-    for folder in (folder for root in sorted(run.glob("stages/*/state")) for folder in states(root)):
+    for folder in (folder for root in sorted(run.glob(f"{STAGES}/*/{STATES}")) for folder in states(root)):
         wrong = problems(folder)
         if folder.exists():  # unless a running job has just removed it
             whole += not wrong
             found += [f"{shown(str(folder.relative_to(run)))}/{line}" for line in wrong]
-    for done in sorted(run.glob("stages/*/done.json")):
-        sealed = _sealed(done)
-        if isinstance(sealed, str):
-            found.append(f"{shown(str(done.relative_to(run)))}: {sealed}")
-            continue
-        for name, files in sealed.items():
-            folder = done.with_name(name)
-            wrong = broken(folder, files)
-            models += name == "model" and not wrong
-            found += [f"{shown(str(folder.relative_to(run)))}/{line}" for line in wrong]
+    for file in sorted(run.glob(f"{STAGES}/*/{DONE}")):
+        place = shown(str(file.parent.relative_to(run)))
+        try:
+            wrong = damage(file.parent, read_done(file))
+        except DataError:
+            wrong = [f"{DONE}: truncated or damaged"]
+        if file.exists():  # unless a running job has just replaced it
+            models += (file.parent / "model").is_dir() and not wrong
+            found += [f"{place}/{line}" for line in wrong]
     return Check(whole, models, found)
-
-
-def _sealed(done: Path) -> dict[str, Any] | str:
-    """Return the seals of the folders that a finished stage left, or in words why they cannot be read."""
-    try:
-        content = json.loads(done.read_bytes())
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    except (ValueError, RecursionError):
-        return "truncated or damaged"
-    if not isinstance(content, dict):
-        return "truncated or damaged"
-    found = {name: content[key] for name, key in SEALED.items() if content.get(key)}
-    return found if all(isinstance(files, dict) for files in found.values()) else "truncated or damaged"
 
 
 def _all_states(run: Path) -> list[Path]:
     found: list[Path] = []
-    for root in sorted(run.glob("stages/*/state")):
+    for root in sorted(run.glob(f"{STAGES}/*/{STATES}")):
         aside = [folder for folder in root.glob(f"{QUARANTINE}*") if folder.is_dir()]
         found += sorted([*states(root), *aside], key=lambda folder: (_step(folder), folder.name))
     return found
@@ -109,4 +96,4 @@ def _age(seconds: float) -> str:
 
 
 def _mebibytes(folder: Path) -> str:
-    return f"{sum(path.lstat().st_size for path in folder.rglob('*') if not path.is_dir()) / 2**20:,.1f}"
+    return f"{folder_bytes(folder) / 2**20:,.1f}"

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rlhf import checkpoint
 from rlhf.amounts import duration
+from rlhf.done_file import Damaged, read_done
 from rlhf.metrics_file import METRICS, metric_row, numbers
 from rlhf.progress import brief
 from rlhf.recipe.schema import Recipe
@@ -23,20 +24,21 @@ from rlhf.recipe.seeds import expand_seeds
 from rlhf.recipe.stage_schema import upstream
 from rlhf.report.runs import read_recipe
 from rlhf.run_record import RunRecord, read_record
+from rlhf.stage_places import DONE, STATES, new_place, stage_folder
 from rlhf.stage_progress import read_progress
 from rlhf.untrusted import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-StageState = Literal["done", "running", "interrupted", "failed", "waiting"]
+StageState = Literal["done", "running", "interrupted", "failed", "waiting", "damaged"]
 RunState = Literal["done", "running", "interrupted", "failed", "new"]
 TAIL = 64 << 10
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage; times are in seconds.
+    """One stage; times are in seconds. A damaged one has a `done.json` that cannot be read.
 
     `step` of `total` in its part `label`; `elapsed` is what a finished stage took, or since when this process is at
     it; `rest` is what the part will still take at the pace so far; `saved_step` is the newest saved state, from which
@@ -78,16 +80,25 @@ class RunStatus:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Return how far the run of a folder is; DataError where it is no run folder."""
+    """Return how far the run of a folder is; DataError where it is no run folder, or its recipe is damaged."""
     plain = read_recipe(folder)
     record, alive = read_record(folder), in_use(folder)
     stages: list[StageStatus] = []
-    undone: set[str] = set()
+    keys: dict[str, str | None] = {}
+    damages: list[str] = []
     for name, kind, sources in _stages(plain):
-        first = not undone
-        done = _done(folder / "stages" / name) if not sources & undone else None
-        stages.append(_stage(folder / "stages" / name, kind, done, first, alive, record))
-        undone |= {name} if done is None else set()
+        place = present_place(folder, name, record)
+        first = all(keys.values())
+        try:
+            done = _done(place, {source: keys[source] for source in sources & keys.keys()})
+        except Damaged as error:
+            damages.append(str(error))
+            done = None
+            stages.append(StageStatus(name, kind, "damaged"))
+        else:
+            stages.append(_stage(name, place, kind, done, first, alive, record))
+        keys[name] = done["key"] if done else None
+    undone = not all(keys.values())
     now = time.time()
     ended = now if alive or record is None else record.ended
     return RunStatus(
@@ -99,9 +110,16 @@ def read_status(folder: Path) -> RunStatus:
         host=record.host if record else "",
         began=record.began if record else None,
         elapsed=ended - record.began if record and ended else None,
-        error=_error(record, alive, undone),
+        error=damages[0] if damages else _error(record, alive, undone),
         stages=tuple(stages),
     )
+
+
+def present_place(run: Path, name: str, record: RunRecord | None) -> Path:
+    """Return the folder that tells of a stage: where the last run worked on its successor, else that of its name."""
+    folder = stage_folder(run, name)
+    new = new_place(folder)
+    return new if record and record.stage == name and new.is_dir() else folder
 
 
 def in_use(folder: Path) -> bool:
@@ -146,31 +164,37 @@ def _stages(plain: Mapping[str, Any]) -> list[tuple[str, str, set[str]]]:
     return [(stage.name, stage.kind, upstream(stage)) for stage in recipe.stages]
 
 
-def _done(folder: Path) -> dict[str, Any] | None:
-    """Return what a finished stage says of itself."""
-    try:
-        found = json.loads((folder / "done.json").read_bytes())
-    except (OSError, ValueError):
+def _done(place: Path, sources: Mapping[str, str | None]) -> dict[str, Any] | None:
+    """Return what a finished stage says of itself; None where it is not done with the sources as they are now."""
+    if not os.path.lexists(place / DONE):
         return None
-    return found if isinstance(found, dict) else None
+    done = read_done(place / DONE)
+    made_from = done["content"].get("upstream", {})
+    return done if all(key and made_from.get(name, key) == key for name, key in sources.items()) else None
 
 
 def _stage(
-    folder: Path, kind: str, done: Mapping[str, Any] | None, first: bool, alive: bool, record: RunRecord | None
+    name: str,
+    place: Path,
+    kind: str,
+    done: Mapping[str, Any] | None,
+    first: bool,
+    alive: bool,
+    record: RunRecord | None,
 ) -> StageStatus:
-    if not folder.is_dir() or (done is None and not first):
-        return StageStatus(folder.name, kind, "waiting")
-    progress, metrics = read_progress(folder), last_metrics(folder / METRICS)
+    if not place.is_dir() or (done is None and (not first or os.path.lexists(place / DONE))):
+        return StageStatus(name, kind, "waiting")
+    progress, metrics = read_progress(place), last_metrics(place / METRICS)
     step = int(metrics["step"]) if "step" in metrics else None
-    shown = {name: value for name, value in metrics.items() if name not in ("step", "time")}
+    shown = {metric: value for metric, value in metrics.items() if metric not in ("step", "time")}
     if done is not None:
         seconds = done.get("cost", {}).get("seconds")
         total = progress.total if progress else step
-        return StageStatus(folder.name, kind, "done", "", total, total, shown, seconds)
-    saved = checkpoint.states(folder / "state")
+        return StageStatus(name, kind, "done", "", total, total, shown, seconds)
+    saved = checkpoint.states(place / STATES)
     state: StageState = "failed" if record and record.outcome == "failed" else "interrupted"
     return StageStatus(
-        name=folder.name,
+        name=name,
         kind=kind,
         state="running" if alive else state,
         label=progress.label if progress else "",
@@ -191,7 +215,7 @@ def _age(folder: Path) -> float | None:
         return None  # the run has just replaced it
 
 
-def _run_state(undone: set[str], alive: bool, record: RunRecord | None) -> RunState:
+def _run_state(undone: bool, alive: bool, record: RunRecord | None) -> RunState:
     if alive:
         return "running"
     if not undone:
@@ -201,7 +225,7 @@ def _run_state(undone: set[str], alive: bool, record: RunRecord | None) -> RunSt
     return "failed" if record.outcome == "failed" else "interrupted"
 
 
-def _error(record: RunRecord | None, alive: bool, undone: set[str]) -> str:
+def _error(record: RunRecord | None, alive: bool, undone: bool) -> str:
     if record is None or alive or not undone:
         return ""
     if record.outcome == "running":
@@ -235,7 +259,8 @@ def _headlines(status: RunStatus) -> list[str]:
     lines = [f"{status.name}: {status.state}{elapsed}{where if status.alive else ''}; {status.folder}"]
     if status.error:
         lines.append(f"last error: {status.error.splitlines()[0]}")
-    if status.state in ("interrupted", "failed"):
+    damaged = any(stage.state == "damaged" for stage in status.stages)
+    if status.state in ("interrupted", "failed") and not damaged:
         lines.append("the same `rlhf run` goes on where it was")
     return lines
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rlhf import checkpoint
 from rlhf.checkpoint import Saved
+from rlhf.done_file import checkpoint_sizes
 from rlhf.interrupts import Interrupts
 from rlhf.manifest import DamagedManifest, Seal, read_manifest
 from rlhf.recipe.schema import Recovery
@@ -127,6 +128,7 @@ class StageRecovery:
             "tracker": self.tracker.mark(),
             "carried": carried,
             "content": self.content,
+            "checkpoints": checkpoint_sizes(self.root.parent),
         }
         saved = checkpoint.write(self.root, step, self.key, fill, info, int(ROOM * sum(sizes)))
         best = self.settings.keep_best

@@ -143,6 +143,9 @@ class _File:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __iter__(self) -> Any:
+        return iter(self.file)
+
     def write(self, data: Any) -> int:
         self.disk.step(lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
         with self.disk.lock:

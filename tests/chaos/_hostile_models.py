@@ -243,7 +243,7 @@ def manifest(place: Place) -> list[str]:
         (folder / "private").symlink_to(outside)
     name = "private" if link else place.rng.choice(("../../outside", str(outside), "a/../../../outside", "..", "/"))
     write_manifest(folder, {"step": 3, "key": "key", "info": {}, "files": {**sealed, name: truth}})
-    found = ["a manifest led outside"] if not broken(folder, {**sealed, name: truth}, ("manifest.json",)) else []
+    found = ["a manifest led outside"] if not broken(folder, {**sealed, name: truth}) else []
     if checkpoint.newest(place.folder / "state", "key") is not None:
         found.append("a forged state was used")
     checkpoint.prune(place.folder / "state", 1, None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 
+from rlhf.done_file import read_done, write_done
 from rlhf.export.card import code, plain
 from rlhf.export.lineage import lineage
 from rlhf.export.source import find_stage
@@ -75,7 +75,7 @@ def test_a_stage_made_again_since_is_marked(run, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(run, copied)
     file = copied / "stages" / "sft" / "done.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"key": "other"}))
+    write_done(file, read_done(file) | {"key": "other"})
     steps = {step.name: step for step in lineage(find_stage(copied / "dpo"))}
     assert steps["sft"].changed
     assert not steps["dpo"].changed
@@ -87,13 +87,31 @@ def test_licence_and_name_of_the_base_are_those_it_has(run, tmp_path):
     base = tmp_path / "my `base`"
     shutil.copytree(run / "stages" / "sft" / "model", base)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
-    recipe = copied / "recipe.resolved.yaml"
-    recipe.write_text(recipe.read_text().replace("tiny://llama", str(base)))
+    file = copied / "stages" / "dpo" / "done.json"
+    done = read_done(file)
+    done["made_from"]["model"]["path"] = str(base)
+    write_done(file, done)
     export(copied / "dpo", "merged", "bf16", tmp_path / "out", verify=False)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0"
     assert "`` my `base` ``. Licence: `apache-2.0`" in card.text
     assert str(tmp_path) not in card.text
+
+
+def test_a_run_whose_recipe_has_changed_since_still_tells_what_a_stage_was_made_from(run, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(run, copied)
+    before = find_stage(run / "sft")
+    assert before.base["path"] == "tiny://llama"
+    assert before.versions["torch"].startswith("2.")
+    recipe = copied / "recipe.resolved.yaml"
+    recipe.write_text(recipe.read_text().replace("tiny://llama", "another/model"))
+    (copied / "environment.json").write_text("{")
+    after = find_stage(copied / "sft")
+    assert (after.base, after.versions, after.start()) == (before.base, before.versions, before.start())
+    file = copied / "stages" / "sft" / "done.json"  # as an older version left it
+    write_done(file, {name: value for name, value in read_done(file).items() if name != "made_from"})
+    assert find_stage(copied / "sft").base["path"] == "another/model"
 
 
 def test_markup_in_names_is_shown_letter_by_letter(monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli import main
+from rlhf.done_file import read_done, write_done
 from rlhf.export.agreement import Disagreement
 from rlhf.export.write import export
 
@@ -119,7 +120,7 @@ def test_damage_is_found_before_anything_is_written(copy, tmp_path):
     weights.write_bytes(data)
     done = invoke(copy / "dpo", "-o", tmp_path / "out")
     assert done.exit_code == 3
-    assert "is damaged (model.safetensors: changed)" in done.output
+    assert "is damaged (model/model.safetensors: changed)" in done.output
     (copy / "stages" / "sft" / "done.json").write_text("{}")
     assert invoke(copy / "sft", "-o", tmp_path / "out").exit_code == 3
     assert not (tmp_path / "out").exists()
@@ -129,9 +130,7 @@ def test_an_adapter_that_is_not_its_models_is_not_kept(copy, tmp_path):
     adapter = copy / "stages" / "dpo" / "adapter" / "adapter_model.safetensors"
     save_file({name: weight * 3 for name, weight in load_file(adapter).items()}, adapter, metadata={"format": "pt"})
     file = copy / "stages" / "dpo" / "done.json"
-    done = json.loads(file.read_text())
-    done["adapter"] = None  # as if it had not been sealed
-    file.write_text(json.dumps(done))
+    write_done(file, read_done(file) | {"adapter": None})  # as if it had not been sealed
     with pytest.raises(Disagreement, match="the adapter on its base does not agree with its stage"):
         take(copy, "dpo", tmp_path / "out", "adapter")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -18,9 +19,10 @@ def run_folder(tmp_path: Path) -> Path:
     model = tmp_path / "run" / "stages" / "sft" / "model"
     model.mkdir(parents=True)
     fill(model)
-    (model.parent / "done.json").write_text(json.dumps({"key": "k", "files": seal(model)}))
+    done = {"key": "k", "content": {"stage": {"kind": "sft"}}}
+    (model.parent / "done.json").write_text(json.dumps(done | {"files": seal(model)}))
     (tmp_path / "run" / "stages" / "pairs").mkdir()
-    (tmp_path / "run" / "stages" / "pairs" / "done.json").write_text('{"key": "k"}')
+    (tmp_path / "run" / "stages" / "pairs" / "done.json").write_text(json.dumps(done))
     return tmp_path / "run"
 
 
@@ -41,10 +43,14 @@ def test_verify_counts_what_is_whole_and_names_what_is_not(tmp_path):
         "stages/sft/model/empty: missing",
     ]
     for number in range(9):
-        (run / "stages" / "sft" / "model" / str(number)).touch()
+        (run / "stages" / "sft" / "model" / str(number)).touch()  # what nobody has sealed is no damage
+    assert invoke("verify", run).stderr == result.stderr
+    for step in range(3, 12):
+        os.truncate(save(run / "stages" / "ppo" / "state", step).folder / "sub" / "abc", 1)
     lines = invoke("verify", run).stderr.splitlines()
     assert len(lines) == 6
     assert lines[-1] == "and 6 more"
+    shutil.rmtree(run / "stages" / "ppo")
     (run / "stages" / "sft" / "done.json").write_text("{")
     assert "stages/sft/done.json: truncated or damaged" in invoke("verify", run).stderr
 

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from rlhf.cli import main
+from rlhf.done_file import read_done, write_done
 from rlhf.errors import RecipeError, ResourceError
 from rlhf.export.source import find_models
 from rlhf.models.tokenizer import load_tokenizer
@@ -78,7 +79,7 @@ def test_adapters_that_vllm_cannot_serve_are_refused_before_it_starts(run, tmp_p
     file = copied / "stages" / "ipo" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     done = copied / "stages" / "ipo" / "done.json"
-    done.write_text(json.dumps(json.loads(done.read_text()) | {"adapter": None}))
+    write_done(done, read_done(done) | {"adapter": None})
     if said is None:
         assert plan(copied, "dpo", "ipo").rank == 64
         return
