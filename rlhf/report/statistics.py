@@ -36,18 +36,15 @@ from rlhf.report.samples import CandidateSamples
 from rlhf.report.wins import Meeting, bounded, outcomes, tally
 
 
-Means = Mapping[Metric, Array]
-
-
 @dataclass(frozen=True)
 class Method:
-    """The runs of one method: `gold` and `characters` `[runs, samples]`, and `means` `[runs, prompts]` of each metric."""
+    """The runs of one method: `gold` and `characters` `[runs, samples]`, `means` `[runs, prompts]` of each metric."""
 
     name: str
     runs: tuple[CandidateSamples, ...]
     gold: Array
     characters: Array
-    means: Means
+    means: Mapping[Metric, Array]
 
 
 class Question(NamedTuple):

@@ -47,10 +47,13 @@ class Going:
     step: int
     carried: Carried
 
-    def done(self, step: int, carry: Callable[[], Carried] = dict) -> None:
-        """Say that a step is done and recorded: its state is saved when that is due, and an interrupt takes effect."""
+    def done(self, step: int, carry: Callable[[], Carried] = dict, commit: bool = False) -> None:
+        """Say that a step is done and recorded: its state is saved when that is due, and an interrupt takes effect.
+
+        With `commit` the state is saved now; that is for stages whose state is small and whose steps are long.
+        """
         recovery = self.recovery
-        if recovery.is_due(step) or recovery.interrupts.wanted:
+        if commit or recovery.is_due(step) or recovery.interrupts.wanted:
             recovery.save(step, self.kept, carry())
         recovery.interrupts.check(f"after step {step}, which is saved")
 
