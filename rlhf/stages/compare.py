@@ -111,6 +111,7 @@ def _models(rows: Sequence[PromptRow], parts: Parts, stage: CompareStage, contex
 def _make(drawn: Mapping[str, Drawn], asked: Asked, going: Going, stage: CompareStage, context: StageContext) -> None:
     """Make all parts that are missing: each model's samples first, then what the reference and the judges say."""
     parts, step = next(iter(drawn.values())).parts, going.step
+    context.tracker.expect(_count(drawn, asked, stage) + step - len(parts.made))
 
     def commit(metrics: Mapping[str, float]) -> None:
         nonlocal step
