@@ -1,6 +1,6 @@
 """The honest comparison: same prompts, same decoding, same seeds, one estimator for all candidates.
 
-What is sampled and scored lies on disk, part by part (`rlhf.stages.parts`): an interrupted comparison goes on after its
+What is sampled and scored lies on disk, part by part (`rlhf.stages.parts`): an interrupted comparison resumes after its
 last part, and memory holds one part and a few numbers a response.
 """
 

@@ -49,7 +49,7 @@ def rows() -> dict[str, Row]:
 
 
 def measure(name: str, size: int) -> dict[str, Any]:
-    """Measure one row at one size in a process of its own: seconds, and bytes beside what was there before."""
+    """Measure one row at one size in a process of its own: seconds, CPU seconds, bytes beside what was there before."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks._rows", name, str(size)],
@@ -60,17 +60,26 @@ def measure(name: str, size: int) -> dict[str, Any]:
 
 
 def show(measured: Sequence[dict[str, Any]]) -> None:
-    """Print what was measured; `grows` is the exponent of the time from the size before, 1 where it is linear."""
-    table = Table("row", "of", "size", "seconds", "grows", "GB beside", "GB in all", title="growth with the data")
+    """Print what was measured; `grows` is the exponent of the CPU time from the size before, 1 where it is linear."""
+    table = Table(
+        "row", "of", "size", "seconds", "CPU s", "grows", "GB beside", "GB in all", title="growth with the data"
+    )
     before: dict[str, Any] = {}
     for found in measured:
         grows = ""
         if before and before["row"] == found["row"]:
-            ratio = found["seconds"] / max(before["seconds"], 1e-9)
+            ratio = found["cpu_s"] / max(before["cpu_s"], 1e-9)
             grows = f"{math.log(ratio) / math.log(found['size'] / before['size']):.2f}"
         memory = (f"{found[key] / 1e9:.2f}" for key in ("grown_bytes", "peak_bytes"))
         row = rows()[found["row"]]
-        table.add_row(row.what, row.unit, f"{found['size']:,}", f"{found['seconds']:.1f}", grows, *memory)
+        table.add_row(
+            row.what,
+            row.unit,
+            f"{found['size']:,}",
+            *(f"{found[key]:.1f}" for key in ("seconds", "cpu_s")),
+            grows,
+            *memory,
+        )
         before = found
     Console(width=130).print(table)
 
@@ -81,11 +90,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = row.prepare(size, Path(folder))
         held = _resident()
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         work()
-        seconds = time.perf_counter() - began
+        spent = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - used}
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "grown_bytes": peak - held}))
+    print(json.dumps({**spent, "peak_bytes": peak, "grown_bytes": peak - held}))
 
 
 def _resident() -> int:

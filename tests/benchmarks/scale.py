@@ -7,8 +7,8 @@ Without a ROW everything is measured. The rows are those of `tests.benchmarks._r
 PPO step: calls, objects, bytes and CPU seconds.
 
 For `step` the real dispatcher, faces and stage code drive stand-ins for actor handles, so a thousand replicas and 256
-ranks need no process. Replicas generate on a virtual clock, each `max_sequences` responses at once, of log-normal lengths.
-Two measurements:
+ranks need no process. Replicas generate on a virtual clock, each `max_sequences` responses at once, of log-normal
+lengths. Two measurements:
 
 - scheduling, at full size, where responses carry their lengths but no contents: what grows with processes and calls;
 - contents, for `--rows` sequences with all tokens: what grows with tokens. It is given for those rows and, times the
