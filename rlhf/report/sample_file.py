@@ -15,7 +15,7 @@ from rlhf.errors import DataError
 from rlhf.report.samples import ChatScores, Columns, Sample, Samples, Texts
 
 Row = TypeVar("Row")
-NUMBERS = ("kl", "entropy")
+NUMBERS = ("score", "kl", "entropy")
 TEXTS = ("prompt_id", "prompt", "response", "finish_reason")
 
 
@@ -126,5 +126,5 @@ def _sample(found: dict[str, Any]) -> Sample:
     if not all(isinstance(text, str) for text in texts.values()):
         raise TypeError(f"one of {', '.join(TEXTS)} is no text")
     reward = None if found["reward"] is None else float(found["reward"])
-    numbers = {name: float(found[name]) for name in NUMBERS}
-    return Sample(gold=float(found["score"]), reward=reward, tokens=int(found["tokens"]), **numbers, **texts)
+    gold, kl, entropy = (float(found[name]) for name in NUMBERS)
+    return Sample(gold=gold, reward=reward, kl=kl, tokens=int(found["tokens"]), entropy=entropy, **texts)

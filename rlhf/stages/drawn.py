@@ -61,7 +61,7 @@ class Drawn:
         `gaps` `[B]` say by how much the engine's logprobs differ, added up over the tokens.
         """
         texts = [rollout.text.encode("utf-8", "surrogatepass") for rollout in rollouts]
-        columns = {
+        columns: dict[str, NDArray[Any]] = {
             "lengths": np.array([len(rollout.tokens) for rollout in rollouts], dtype=np.int64),
             "tokens": np.fromiter(chain.from_iterable(rollout.tokens for rollout in rollouts), np.int32),
             "engine": np.fromiter(chain.from_iterable(rollout.logprobs for rollout in rollouts), np.float32),
