@@ -14,7 +14,7 @@ from rlhf.recipe.seeds import method
 from rlhf.report.curves import Curve, series
 from rlhf.report.frontier import paths
 from rlhf.report.results import CandidateResult, Comparison, FrontierPoint, Interval
-from rlhf.report.samples import CandidateSamples
+from rlhf.report.samples import Array, CandidateSamples
 
 # Seen well on white and on dark, and apart from each other with colour-blind eyes (after Tol's bright scheme).
 PALETTE = (
@@ -57,11 +57,11 @@ def frontier_plots(comparison: Comparison, curves: Mapping[str, Curve]) -> list[
 
 def histogram_plots(comparison: Comparison, samples: Sequence[CandidateSamples]) -> list[Plot]:
     """Plot how the lengths and the KL of single responses are spread, a line per method, all its runs together."""
-    lengths: dict[str, list[float]] = {}
-    kls: dict[str, list[float]] = {}
+    lengths: dict[str, list[Array]] = {}
+    kls: dict[str, list[Array]] = {}
     for item in samples:
-        lengths.setdefault(method(item.name), []).extend(sample.tokens for sample in item.samples)
-        kls.setdefault(method(item.name), []).extend(sample.kl for sample in item.samples)
+        lengths.setdefault(method(item.name), []).append(item.samples.tokens)
+        kls.setdefault(method(item.name), []).append(item.samples.kl)
     return [
         Plot("Length of responses", plot_json(_histogram(comparison, lengths, "tokens", whole=True))),
         Plot("KL of responses", plot_json(_histogram(comparison, kls, "log(policy/reference), nats", whole=False))),
@@ -139,9 +139,10 @@ def _training(run: str, curve: Curve, metric: str, tint: str) -> go.Scatter | No
     )
 
 
-def _histogram(comparison: Comparison, values: Mapping[str, Sequence[float]], unit: str, whole: bool) -> go.Figure:
+def _histogram(comparison: Comparison, runs: Mapping[str, Sequence[Array]], unit: str, whole: bool) -> go.Figure:
     """Draw the share of responses in each of about `BINS` bins; bins of whole numbers hold equally many of them."""
-    everything = np.concatenate([np.asarray(column, dtype=np.float64) for column in values.values()])
+    values = {name: np.concatenate(columns) for name, columns in runs.items()}
+    everything = np.concatenate(list(values.values()))
     if whole:
         size = math.ceil((np.ptp(everything) + 1) / BINS)
         edges = np.arange(everything.min(), everything.max() + size + 1, size) - 0.5

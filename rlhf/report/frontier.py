@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from rlhf.recipe.seeds import method
-from rlhf.report.intervals import by_prompt, standard_error
+from rlhf.report.intervals import Array, Groups, standard_error
 from rlhf.report.results import Comparison, FrontierPoint
-from rlhf.report.samples import Sample
+from rlhf.report.samples import Samples
 
 
-def frontier_point(run: str, samples: Sequence[Sample], step: int | None = None) -> FrontierPoint:
+def frontier_point(run: str, samples: Samples, step: int | None = None) -> FrontierPoint:
     """Return where one policy stands: means over the prompts of `samples`, with standard errors.
 
     `run` is the stage that trained it (`ppo@2`); `step` the checkpoint's, None for the finished policy.
     """
-    prompt_ids = [sample.prompt_id for sample in samples]
-    gold, gold_se = _mean([sample.gold for sample in samples], prompt_ids)
-    kl, kl_se = _mean([sample.kl for sample in samples], prompt_ids)
-    length, _ = _mean([sample.tokens for sample in samples], prompt_ids)
-    rewards = [sample.reward for sample in samples if sample.reward is not None]
-    reward, reward_se = _mean(rewards, prompt_ids) if rewards else (None, None)
+    groups = Groups(samples.prompt_ids)
+    gold, gold_se = _mean(samples.gold, groups)
+    kl, kl_se = _mean(samples.kl, groups)
+    length, _ = _mean(samples.tokens, groups)
+    reward, reward_se = (None, None) if samples.reward is None else _mean(samples.reward, groups)
     return FrontierPoint(method(run), run, step, gold, gold_se, reward, reward_se, kl, kl_se, length)
 
 
@@ -38,6 +33,6 @@ def _when(point: FrontierPoint) -> float:
     return float("inf") if point.step is None else point.step
 
 
-def _mean(values: Sequence[float], prompt_ids: Sequence[str]) -> tuple[float, float | None]:
-    means = by_prompt(np.array([[values]]), prompt_ids)
+def _mean(values: Array, groups: Groups) -> tuple[float, float | None]:
+    means = groups.means(values)[None, None]
     return float(means.mean()), standard_error(means) if means.size > 1 else None

@@ -164,8 +164,10 @@ def _pairs(comparison: Comparison) -> list[PairRow]:
 
 def _cards(candidates: Sequence[CandidateSamples]) -> list[SampleCard]:
     """Take prompts evenly spaced over the held-out order, so that nobody picked them by result."""
-    ids = [sample.prompt_id for sample in candidates[0].samples]
-    first = list({name: place for place, name in reversed(list(enumerate(ids)))}.values())[::-1]
+    order: dict[str, int] = {}
+    for place, prompt_id in enumerate(candidates[0].samples.prompt_ids):
+        order.setdefault(prompt_id, place)
+    first = list(order.values())
     count = min(MOST_PROMPTS, len(first))
     runs = {method(item.name): item for item in reversed(candidates)}
     names = dict.fromkeys(method(item.name) for item in candidates)
@@ -173,6 +175,6 @@ def _cards(candidates: Sequence[CandidateSamples]) -> list[SampleCard]:
     for turn in range(count):
         place = first[turn * len(first) // count]
         answers = {name: runs[name].samples[place] for name in names}
-        prompt = candidates[0].samples[place].prompt
+        prompt, _ = candidates[0].samples.texts(place)
         cards.append(SampleCard(prompt, answers, max(sample.gold for sample in answers.values())))
     return cards

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize, special
 
-from rlhf.report.intervals import Array, by_prompt, estimate, standard_error
-from rlhf.report.results import Comparison, Interval, WinRate
+from rlhf.report.intervals import Array, Groups, standard_error
+from rlhf.report.results import Comparison, Estimate, Interval, WinRate
 
 RIDGE = 0.01
 
@@ -44,40 +44,42 @@ def outcomes(gold: Array, other: Array, tie_margin: float) -> Array:
     return np.where(np.abs(gap) <= tie_margin, 0.5, (gap > 0).astype(np.float64))
 
 
-def win_rate(
-    candidate: str,
-    baseline: str,
-    outcome: Array,
-    longer: Array,
-    prompt_ids: Sequence[str],
-    seed: int,
-    resamples: int,
-    level: float = 0.95,
-) -> WinRate:
-    """Return the win rate of `outcome`, `[runs, other runs, samples]`; `longer` has the length differences.
+class Meeting(NamedTuple):
+    """Two methods on the same prompts: `outcome` and the length differences `longer`, `[runs, other runs, samples]`."""
 
-    When the candidate wins (or loses) everything no resample sees a spread; the exact binomial limit over prompts
-    stands in (Clopper & Pearson 1934).
-    """
-    wins = by_prompt(outcome, prompt_ids)
-    mean, prompts = float(wins.mean()), wins.shape[-1]
-    if mean in (0.0, 1.0):
-        limit = ((1 - level) / 2) ** (1 / prompts)
-        interval = Interval(limit, 1.0) if mean == 1.0 else Interval(0.0, 1 - limit)
-    else:
-        found = estimate(wins, seed, resamples, level).ci
-        interval = Interval(max(found.low, 0.0), min(found.high, 1.0))
-    return WinRate(
-        candidate=candidate,
-        baseline=baseline,
-        win_rate=mean,
-        win_rate_ci=interval,
+    candidate: str
+    baseline: str
+    outcome: Array
+    longer: Array
+
+
+def tally(meeting: Meeting, groups: Groups) -> tuple[WinRate, Array]:
+    """Return all of a win rate but its interval, and the share of wins `[runs, other runs, prompts]` for `bounded`."""
+    outcome, wins = meeting.outcome, groups.means(meeting.outcome)
+    rate = WinRate(
+        candidate=meeting.candidate,
+        baseline=meeting.baseline,
+        win_rate=float(wins.mean()),
+        win_rate_ci=Interval(0.0, 1.0),
         standard_error=standard_error(wins),
         wins=int((outcome == 1).sum()),
         losses=int((outcome == 0).sum()),
         draws=int((outcome == 0.5).sum()),
-        length_controlled=length_controlled(outcome.ravel(), longer.ravel()),
+        length_controlled=length_controlled(outcome.ravel(), meeting.longer.ravel()),
     )
+    return rate, wins
+
+
+def bounded(rate: WinRate, found: Estimate, level: float) -> WinRate:
+    """Return a win rate with the interval that was found for its wins, within 0 and 1.
+
+    When the candidate wins (or loses) everything no resample sees a spread; the exact binomial limit over prompts
+    stands in (Clopper & Pearson 1934).
+    """
+    if rate.win_rate not in (0.0, 1.0):
+        return replace(rate, win_rate_ci=Interval(max(found.ci.low, 0.0), min(found.ci.high, 1.0)))
+    limit = ((1 - level) / 2) ** (1 / found.n)
+    return replace(rate, win_rate_ci=Interval(limit, 1.0) if rate.win_rate == 1.0 else Interval(0.0, 1 - limit))
 
 
 def length_controlled(outcome: Array, longer: Array) -> float:

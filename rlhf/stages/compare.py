@@ -1,37 +1,66 @@
-"""The honest comparison: same prompts, same decoding, same seeds, one estimator for all candidates."""
+"""The honest comparison: same prompts, same decoding, same seeds, one estimator for all candidates.
+
+What is sampled and scored lies on disk, part by part (`rlhf.stages.parts`): an interrupted comparison resumes after its
+last part, and memory holds one part and a few numbers a response.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
+from rlhf.data.pairs import Pair
 from rlhf.data.reading import read_prompts
 from rlhf.data.rows import PromptRow
 from rlhf.data.synthesized import read_synthesized
 from rlhf.errors import DataError
-from rlhf.fingerprint import file_digest
-from rlhf.recipe.base import FileData, FunctionJudge, Judge, LlmJudge, ModelJudge, PathData
+from rlhf.recipe.base import LlmJudge, ModelJudge
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.stage_schema import CompareStage, SynthesizeStage
 from rlhf.report.curves import Curve, read_curves
-from rlhf.report.evaluation import Evaluation, write_evaluation
+from rlhf.report.evaluation import Evaluation, sample_file, write_evaluation
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
 from rlhf.report.json import write_json
-from rlhf.report.results import Comparison, Cost, FrontierPoint
+from rlhf.report.results import Comparison, FrontierPoint
 from rlhf.report.runs import read_environment
-from rlhf.report.samples import CandidateSamples, ChatScore, Sample
+from rlhf.report.sample_file import write_samples
+from rlhf.report.samples import CandidateSamples, ChatScores, Columns, Sample
 from rlhf.report.wins import write_leaderboard
+from rlhf.roles import Reference
+from rlhf.stages.compared import circumstances, cost
 from rlhf.stages.context import StageContext
-from rlhf.stages.evaluate import Drawn, draw, heldout_pairs, implicit_accuracy, judged, sequence_kl
+from rlhf.stages.drawn import Drawn, stored_prompts
+from rlhf.stages.evaluate import (
+    Commit,
+    add_chats,
+    add_kl,
+    add_margins,
+    add_scores,
+    chat_scores,
+    draw,
+    heldout_pairs,
+    implicit_accuracy,
+    prompts_in_part,
+)
 from rlhf.stages.instructions import normalised
+from rlhf.stages.parts import Parts
+from rlhf.stages.recovery import Going
 from rlhf.stages.retention import Retained, read_retention
-from rlhf.stages.samples import write_samples
 from rlhf.stages.sft import Summary
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the models: prompts, held-out pairs and retention chats, and how many prompts make a part."""
+
+    rows: Sequence[PromptRow]
+    pairs: Sequence[Pair]
+    retained: Retained | None
+    size: int
 
 
 def run(stage: CompareStage, context: StageContext) -> Summary:
@@ -42,36 +71,103 @@ def run(stage: CompareStage, context: StageContext) -> Summary:
     """
     rows = read_prompts(stage.prompts)
     _check_synthesized(rows, stage, context)
-    retained = read_retention(stage, context)
-    drawn = _draw_all(rows, retained, stage, context)
-    reference = context.launcher.policy(context.frozen("policy", "causal", stage.baseline, stage.temperature))
-    tokenizer = context.tokenizer(stage.baseline)
-    kl = sequence_kl(drawn, rows, reference, tokenizer, stage.baseline)
-    pad_id = tokenizer.pad_id
-    golds = judged(drawn, context.judge(stage.gold, pad_id), stage.samples_per_prompt)
-    rewards: Mapping[str, Sequence[float | None]] = dict.fromkeys(drawn, [None] * len(golds[stage.baseline]))
-    if stage.reward:
-        rewards = judged(drawn, context.judge(stage.reward, pad_id), stage.samples_per_prompt)
-    samples = {name: _samples(item, golds[name], rewards[name], kl[name].tolist()) for name, item in drawn.items()}
-    for name in stage.candidates:
-        write_samples(context.folder / "samples" / name, 0, drawn[name].rollouts, golds[name])
-    accuracy = implicit_accuracy(drawn, stage.baseline)
-    retention = {name: item.retention for name, item in drawn.items()}
-    evaluation = _evaluation(samples, accuracy, retention, rows, stage, context)
-    evaluation = replace(evaluation, retention_key=retained.key if retained else "")
+    size = prompts_in_part(stage, context.recipe.roles.rollout)
+    asked = Asked(rows, heldout_pairs(stage, context), read_retention(stage, context), size)
+    parts = Parts(context.recovery.root / "parts", context.tracker.say)
+    drawn = _models(rows, parts, stage, context)
+    context.tracker.begin("sampling and scoring", _count(drawn, asked, stage))
+    with context.recovery.going_on([parts]) as going:
+        _make(drawn, asked, going, stage, context)
+    evaluation = _evaluation(drawn, asked, stage, context)
     comparison = evaluation.compare()
     _write(evaluation, comparison, context)
     return {result.name: result.gold for result in comparison.candidates}
 
 
-def _samples(
-    item: Drawn, golds: Sequence[float], rewards: Sequence[float | None], kls: Sequence[float]
-) -> tuple[Sample, ...]:
-    columns = zip(item.rollouts, golds, rewards, kls, item.entropy.tolist(), strict=True)
-    return tuple(
-        Sample(r.prompt.id, r.prompt.text, r.text, gold, reward, kl, len(r.tokens), r.finish_reason, entropy)
-        for r, gold, reward, kl, entropy in columns
-    )
+def _models(rows: Sequence[PromptRow], parts: Parts, stage: CompareStage, context: StageContext) -> dict[str, Drawn]:
+    """Return all models to sample, the candidates first; models with one tokenizer share their prompts' tokens."""
+    names = list(stage.candidates)
+    if stage.frontier and not isinstance(stage.gold, LlmJudge):  # who judges by comparing sees the candidates only
+        names += [saved for name in stage.candidates for saved in context.saved(name)]
+    own = context.tokenizer(stage.baseline).fingerprint()
+    tokenizers = {name: context.tokenizer(name) for name in stage.candidates}
+    foreign = [name for name, tokenizer in tokenizers.items() if tokenizer.fingerprint() != own]
+    if foreign and any(isinstance(judge, ModelJudge) for judge in (stage.gold, stage.reward)):
+        raise DataError(
+            f"{foreign[0]} has another tokenizer than {stage.baseline}, and a reward model reads token ids: leave"
+            " `reward` out, or judge by a function, a service or a language model"
+        )
+    prompts = {
+        tokenizer.fingerprint(): stored_prompts(rows, tokenizer, stage.max_prompt_tokens)
+        for tokenizer in {tokenizer.fingerprint(): tokenizer for tokenizer in tokenizers.values()}.values()
+    }
+    runs = {name: name.partition("/")[0] for name in names}
+    return {
+        name: Drawn(name, prompts[tokenizers[run].fingerprint()], run in foreign, stage.samples_per_prompt, parts)
+        for name, run in runs.items()
+    }
+
+
+def _make(drawn: Mapping[str, Drawn], asked: Asked, going: Going, stage: CompareStage, context: StageContext) -> None:
+    """Make all parts that are missing: each model's samples first, then what the reference and the judges say."""
+    parts, step = next(iter(drawn.values())).parts, going.step
+    context.tracker.expect(_count(drawn, asked, stage) + step - len(parts.made))
+
+    def commit(metrics: Mapping[str, float]) -> None:
+        nonlocal step
+        step += 1
+        context.tracker.advance(step, metrics)
+        going.done(step, commit=True)
+
+    for item in drawn.values():
+        _ask(item, asked, commit, stage, context)
+    tokenizer = context.tokenizer(stage.baseline)
+    reference = _policy(stage.baseline, stage.temperature, context)
+    for item in drawn.values():
+        if item.name != stage.baseline:
+            add_kl(item, asked.size, asked.rows, reference, tokenizer, commit)
+    together = _judged_together(drawn, asked)
+    for series, judge in {"gold": stage.gold, "reward": stage.reward}.items():
+        if judge:
+            source = cache(partial(context.judge, judge, tokenizer.pad_id))
+            add_scores(drawn, series, together, source, parts, commit)
+
+
+def _ask(item: Drawn, asked: Asked, commit: Commit, stage: CompareStage, context: StageContext) -> None:
+    """Sample one model; a candidate is asked for the held-out pairs and the retention chats too."""
+    tokenizer = context.tokenizer(item.name.partition("/")[0])
+    policy = _policy(item.name, stage.temperature, context)
+    draw(item, asked.size, tokenizer, policy, stage, context, commit)
+    if item.name not in stage.candidates:
+        return
+    if not item.foreign:
+        add_margins(item, asked.pairs, tokenizer.pad_id, policy, commit)
+    if asked.retained:
+        plain = policy if stage.temperature == 1 else _policy(item.name, 1.0, context)
+        add_chats(item, asked.retained, tokenizer, plain, context, commit)
+
+
+def _policy(name: str, temperature: float, context: StageContext) -> Callable[[], Reference]:
+    """Return what builds a model when it is asked for first, and gives the same one from then on."""
+
+    @cache
+    def built() -> Reference:
+        return context.launcher.policy(context.frozen("policy", "causal", name, temperature))
+
+    return built
+
+
+def _judged_together(drawn: Mapping[str, Drawn], asked: Asked) -> int:
+    """Return how many prompts are judged at a time: the answers of all models are then as many as a part's samples."""
+    return max(1, asked.size // len(drawn))
+
+
+def _count(drawn: Mapping[str, Drawn], asked: Asked, stage: CompareStage) -> int:
+    """Return how many parts there are, about: pairs and chats of a model are taken for one each."""
+    each = -(-len(asked.rows) // asked.size)
+    judges = 2 if stage.reward else 1
+    beside = len(stage.candidates) * (bool(asked.pairs) + bool(asked.retained))
+    return each * (2 * len(drawn) - 1) + beside + judges * -(-len(asked.rows) // _judged_together(drawn, asked))
 
 
 def _check_synthesized(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> None:
@@ -87,134 +183,43 @@ def _check_synthesized(rows: Sequence[PromptRow], stage: CompareStage, context: 
                 )
 
 
-def _draw_all(
-    rows: Sequence[PromptRow], retained: Retained | None, stage: CompareStage, context: StageContext
-) -> dict[str, Drawn]:
-    names = list(stage.candidates)
-    if stage.frontier and not isinstance(stage.gold, LlmJudge):  # who judges by comparing sees the candidates only
-        names += [saved for name in stage.candidates for saved in context.saved(name)]
-    pairs = heldout_pairs(stage, context)
-    tokenizers = {name: context.tokenizer(name) for name in stage.candidates}
-    own = tokenizers[stage.baseline].fingerprint()
-    foreign = [name for name, tokenizer in tokenizers.items() if tokenizer.fingerprint() != own]
-    if foreign and any(isinstance(judge, ModelJudge) for judge in (stage.gold, stage.reward)):
-        raise DataError(
-            f"{foreign[0]} has another tokenizer than {stage.baseline}, and a reward model reads token ids: leave"
-            " `reward` out, or judge by a function, a service or a language model"
-        )
-    context.tracker.begin("sampling", len(names))
-    drawn: dict[str, Drawn] = {}
-    for index, name in enumerate(names):
-        candidate = name.partition("/")[0]
-        finished = name in stage.candidates
-        asked = pairs if finished and name not in foreign else []
-        chats = retained if finished else None
-        drawn[name] = draw(name, tokenizers[candidate], candidate in foreign, rows, asked, stage, context, chats)
-        lengths = [len(rollout.tokens) for rollout in drawn[name].rollouts]
-        context.tracker.advance(index + 1, {"length": sum(lengths) / len(lengths)})
-    return drawn
-
-
-def _evaluation(
-    samples: Mapping[str, tuple[Sample, ...]],
-    accuracy: Mapping[str, float | None],
-    retention: Mapping[str, tuple[ChatScore, ...]],
-    rows: Sequence[PromptRow],
-    stage: CompareStage,
-    context: StageContext,
-) -> Evaluation:
+def _evaluation(drawn: Mapping[str, Drawn], asked: Asked, stage: CompareStage, context: StageContext) -> Evaluation:
+    """Put together what the parts say; the responses of the candidates are written where people read them."""
     kinds = {other.name: other.kind for other in context.recipe.stages}
-    candidates = tuple(
-        CandidateSamples(
-            name, kinds.get(name, "base"), samples[name], _cost(name, context), accuracy[name], retention[name]
-        )
-        for name in stage.candidates
-    )
+    parts = next(iter(drawn.values())).parts
+    margins = {name: parts.column(f"{name}/pairs", "margins") for name in stage.candidates}
+    accuracy = implicit_accuracy(margins, stage.baseline)
+    candidates, retained = [], asked.retained
+    for name in stage.candidates:
+        samples = write_samples(sample_file(context.folder, name), _samples(drawn[name], stage))
+        chats = chat_scores(drawn[name], retained) if retained else ChatScores.of()
+        kind = kinds.get(name, "base")
+        candidates.append(CandidateSamples(name, kind, samples, cost(name, context), accuracy[name], chats))
     return Evaluation(
-        baseline=stage.baseline,
-        baseline_key=_weights_digest(context.checkpoint(stage.baseline)),
-        reward_key=_reward_key(stage, context),
-        conditions=_conditions(rows, stage),
-        candidates=candidates,
-        frontier=tuple(_point(name, samples[name]) for name in samples if name not in stage.candidates),
-        budget=context.recipe.budget,
-        reward_accuracy=_reward_accuracy(stage, context),
-        facts=_facts(rows, stage, context),
-        seed=context.seed("bootstrap"),
-        bootstrap_samples=stage.bootstrap_samples,
+        **circumstances(asked.rows, stage, context),
+        candidates=tuple(candidates),
+        frontier=tuple(_point(item, stage) for item in drawn.values() if item.name not in stage.candidates),
+        retention_key=retained.key if retained else "",
     )
 
 
-def _point(name: str, samples: Sequence[Sample]) -> FrontierPoint:
-    run, _, step = name.partition("/step-")
-    return frontier_point(run, samples, int(step))
+def _samples(item: Drawn, stage: CompareStage) -> Iterator[Sample]:
+    """Yield a model's responses with all their scores."""
+    parts = item.parts
+    golds, entropies = parts.column("gold", item.name).tolist(), parts.column(item.name, "entropy").tolist()
+    rewards = parts.column("reward", item.name).tolist() if stage.reward else [None] * len(golds)
+    kls = parts.column(f"{item.name}/kl", "kl").tolist() if item.name != stage.baseline else [0.0] * len(golds)
+    for answer, gold, reward, kl, entropy in zip(item.answers(), golds, rewards, kls, entropies, strict=True):
+        yield Sample(**answer._asdict(), gold=gold, reward=reward, kl=kl, entropy=entropy)
 
 
-def _done(name: str, context: StageContext) -> dict[str, dict[str, float]]:
-    """Return what a finished stage left in `done.json`; empty for a model that no stage made."""
-    path = context.outputs[name] / "done.json"
-    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def _cost(name: str, context: StageContext) -> Cost | None:
-    done = _done(name, context)
-    return Cost(**done["cost"]) if done else None
-
-
-def _reward_accuracy(stage: CompareStage, context: StageContext) -> float | None:
-    if not isinstance(stage.reward, ModelJudge):
-        return None
-    summary = _done(stage.reward.stage, context)["summary"]
-    return summary.get("judge_accuracy", summary.get("heldout_accuracy"))
-
-
-def _weights_digest(model: Path) -> str:
-    digests = (file_digest(file) for file in sorted(model.glob("*.safetensors")))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _reward_key(stage: CompareStage, context: StageContext) -> str:
-    if isinstance(stage.reward, ModelJudge):
-        return _weights_digest(context.checkpoint(stage.reward.stage))
-    return _named(stage.reward) if stage.reward else ""
-
-
-def _conditions(rows: Sequence[PromptRow], stage: CompareStage) -> dict[str, str]:
-    """Return what must be equal for the samples of two runs to be comparable."""
-    prompts = hashlib.sha256(json.dumps([[row.id, row.text] for row in rows]).encode()).hexdigest()
-    return {
-        "the set of prompts": prompts[:12],
-        "samples_per_prompt": str(stage.samples_per_prompt),
-        "temperature": str(stage.temperature),
-        "max_response_tokens": str(stage.max_response_tokens),
-        "gold": _named(stage.gold),
-    }
-
-
-def _named(judge: Judge) -> str:
-    """Return what tells one gold judge from another: a function by its name and its file's content."""
-    if isinstance(judge, FunctionJudge):
-        file, _, function = judge.path.rpartition(":")
-        return f"{Path(file).name}:{function} ({file_digest(Path(file))[:12]})"
-    return json.dumps(judge.model_dump(mode="json"), sort_keys=True)
-
-
-def _facts(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext) -> dict[str, str]:
-    recipe = context.recipe
-    return {
-        "Prompts": f"{len(rows)} held out, disjoint from all training prompts",
-        "Samples per prompt": str(stage.samples_per_prompt),
-        "Decoding": f"temperature {stage.temperature}, at most {stage.max_response_tokens} tokens, same for all",
-        "KL": f"mean over samples of log pi - log ref, reference {stage.baseline}, in nats a response",
-        "Seeds": ", ".join(map(str, recipe.seeds)) if recipe.seeds else f"one, {recipe.seed}",
-        "Model": f"{recipe.model.path} ({recipe.model.dtype})",
-        **({"Retention": _source(stage.retention)} if stage.retention else {}),
-    }
-
-
-def _source(data: FileData) -> str:
-    return f"chats of {data.path.name if isinstance(data, PathData) else data.hub}, not aimed at by training"
+def _point(item: Drawn, stage: CompareStage) -> FrontierPoint:
+    """Return where a checkpoint stands; its texts are not kept."""
+    columns = Columns()
+    for sample in _samples(item, stage):
+        columns.add(sample)
+    run, _, step = item.name.partition("/step-")
+    return frontier_point(run, columns.samples(lambda row: ("", "")), int(step))
 
 
 def _curves(run: Path, evaluation: Evaluation, context: StageContext) -> dict[str, Curve]:

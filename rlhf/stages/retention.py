@@ -11,13 +11,11 @@ from pathlib import Path
 from rlhf.data.reading import read_conversations
 from rlhf.data.rows import Conversation
 from rlhf.data.sequences import TokenSequence
+from rlhf.data.store import stored
 from rlhf.errors import DataError
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.stage_schema import CompareStage
-from rlhf.report.samples import ChatScore
-from rlhf.roles import Reference
 from rlhf.stages.context import StageContext
-from rlhf.stages.reference_cache import response_sums
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,11 @@ class Retained:
     @property
     def key(self) -> str:
         """What tells these chats, so counted, from others."""
-        content = [[row.messages, tokens] for row, tokens in zip(self.rows, self.tokens, strict=True)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for number, (row, tokens) in enumerate(zip(self.rows, self.tokens, strict=True)):
+            digest.update(f"{', ' if number else '['}{json.dumps([row.messages, tokens])}".encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 def read_retention(stage: CompareStage, context: StageContext) -> Retained | None:
@@ -43,26 +44,20 @@ def read_retention(stage: CompareStage, context: StageContext) -> Retained | Non
     return Retained(rows, [sum(sequence.response_mask) for sequence in sequences])
 
 
-def chat_scores(retained: Retained, policy: Reference, tokenizer: ChatTokenizer, model: Path) -> tuple[ChatScore, ...]:
-    """Return -log p of what the assistant says in each chat, by a model at temperature 1.
+def chat_sequences(rows: Sequence[Conversation], tokenizer: ChatTokenizer, model: Path) -> Sequence[TokenSequence]:
+    """Tokenise the chats, the assistant's tokens marked, and keep the tokens on disk.
 
-    A model with a tokenizer of its own is asked for the same texts, and its nats are divided by the same counts.
+    DataError on a chat with more tokens than the model has positions.
     """
-    sums = response_sums(policy, chat_sequences(retained.rows, tokenizer, model), tokenizer.pad_id)
-    return tuple(ChatScore(-total, tokens) for total, tokens in zip(sums, retained.tokens, strict=True))
+    positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    return stored(_chat_sequence(row, tokenizer, positions) for row in rows)
 
 
-def chat_sequences(rows: Sequence[Conversation], tokenizer: ChatTokenizer, model: Path) -> list[TokenSequence]:
-    """Tokenise the chats, the assistant's tokens marked; DataError on one with more tokens than a model's positions."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    positions = config.get("max_position_embeddings")
-    sequences = []
-    for row in rows:
-        try:
-            tokens, mask = tokenizer.conversation_ids(row.messages)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from error
-        if positions and len(tokens) > positions:
-            raise DataError(f"{row.where}: the chat has {len(tokens)} tokens, the model {positions} positions")
-        sequences.append(TokenSequence(tuple(tokens), tuple(mask)))
-    return sequences
+def _chat_sequence(row: Conversation, tokenizer: ChatTokenizer, positions: int | None) -> TokenSequence:
+    try:
+        tokens, mask = tokenizer.conversation_ids(row.messages)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    if positions and len(tokens) > positions:
+        raise DataError(f"{row.where}: the chat has {len(tokens)} tokens, the model {positions} positions")
+    return TokenSequence(tuple(tokens), tuple(mask))

@@ -1,11 +1,14 @@
-"""What the controller of a large run would do: calls, objects, bytes and CPU seconds of a PPO step.
+"""What breaks first as work grows: the controller of a large run, and rows of work that grows with the data.
 
-    python -m tests.benchmarks.scale [--replicas 10 100 1000] [--ranks 1 16 256] [--prompts 8192] [--samples 8]
-        [--rows 1024] [--json out.json]
+    python -m tests.benchmarks.scale [ROW...] [--sizes 20000 100000] [--replicas 10 100 1000] [--ranks 1 16 256]
+        [--prompts 8192] [--samples 8] [--rows 1024] [--json out.json]
 
-The real dispatcher, faces and stage code drive stand-ins for actor handles, so a thousand replicas and 256 ranks need
-no process. Replicas generate on a virtual clock, each `max_sequences` responses at once, of log-normal lengths.
-Two measurements:
+Without a ROW everything is measured. The rows are those of `tests.benchmarks._rows`, and `step`, the controller of one
+PPO step: calls, objects, bytes and CPU seconds.
+
+For `step` the real dispatcher, faces and stage code drive stand-ins for actor handles, so a thousand replicas and 256
+ranks need no process. Replicas generate on a virtual clock, each `max_sequences` responses at once, of log-normal
+lengths. Two measurements:
 
 - scheduling, at full size, where responses carry their lengths but no contents: what grows with processes and calls;
 - contents, for `--rows` sequences with all tokens: what grows with tokens. It is given for those rows and, times the
@@ -19,6 +22,7 @@ from __future__ import annotations
 import pickle
 import resource
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +49,8 @@ from rlhf.stages.experience import check_rollouts
 from rlhf.stages.policy_gradient import objective
 from rlhf.types import Experience, Prompt, Sampling, TokenBatch
 from tests.benchmarks._figures import command_line, give
+from tests.benchmarks._rows import measure, rows
+from tests.benchmarks._rows import show as show_rows
 from tests.benchmarks._world import (
     MAX_SEQUENCES,
     MAX_TOKENS,
@@ -215,7 +221,23 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=8192)
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--rows", type=int, default=1024)
+    arguments.add_argument("row", nargs="*", default=["step", *rows()], metavar="ROW")
+    arguments.add_argument("--sizes", type=int, nargs="+", help="instead of each row's own")
     options = arguments.parse_args()
+    if unknown := set(options.row) - {"step", *rows()}:
+        arguments.error(f"no such row: {min(unknown)}; there are step, {', '.join(rows())}")
+    figures: dict[str, Any] = {}
+    if grown := [name for name in options.row if name != "step"]:
+        measured = [measure(name, size) for name in grown for size in options.sizes or rows()[name].sizes]
+        show_rows(measured)
+        figures["rows"] = measured
+    if "step" in options.row:
+        figures |= step(options)
+    give(figures, options.json)
+
+
+def step(options: Namespace) -> dict[str, Any]:
+    """Measure the controller of one PPO step."""
     torch.set_num_threads(1)
     sizes = {(replicas, options.ranks[0]) for replicas in options.replicas}
     sizes |= {(options.replicas[-1], ranks) for ranks in options.ranks}
@@ -225,7 +247,7 @@ def main() -> None:
     ]
     tokens = contents(options.rows, options.prompts, options.samples)
     show(runs, tokens)
-    give({"prompts": options.prompts, "samples": options.samples, "runs": runs, "contents": tokens}, options.json)
+    return {"prompts": options.prompts, "samples": options.samples, "runs": runs, "contents": tokens}
 
 
 if __name__ == "__main__":

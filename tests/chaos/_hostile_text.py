@@ -25,7 +25,7 @@ from rlhf.recipe.base import HttpJudge
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.upload import collect
 from rlhf.report.html import write_html
-from rlhf.report.samples import CandidateSamples, Sample
+from rlhf.report.samples import CandidateSamples, Sample, Samples
 from rlhf.report.statistics import compare
 from rlhf.report.table import comparison_table
 from rlhf.rewards.remote import HttpReward
@@ -81,8 +81,8 @@ class Elements(HTMLParser):
 def _report(folder: Path, text: str) -> str:
     rows = [Sample(f"p{i}", text, text, float(i % 3), 0.5, 0.1, 5, "stop", 1.0) for i in range(12)]
     candidates = [
-        CandidateSamples("sft", "sft", tuple(rows)),
-        CandidateSamples(f"ppo {text}", "ppo", tuple(replace(row, gold=row.gold + 1) for row in rows)),
+        CandidateSamples("sft", "sft", Samples.of(rows)),
+        CandidateSamples(f"ppo {text}", "ppo", Samples.of(replace(row, gold=row.gold + 1) for row in rows)),
     ]
     recipes: dict[str, Any] = {f"a {text}": {"seed": text}, "b": {"seed": "1", text: "2"}}
     curves = {"ppo": [{"step": float(i), "loss": 1.0, text: float(i)} for i in range(1, 4)]}
@@ -125,7 +125,7 @@ def terminal(place: Place) -> list[str]:
             raise ValueError(text)
         except ValueError:
             log.info("failed", exc_info=True)
-    rows = tuple(Sample(f"p{i}", text, text, 1.0, None, 0.1, 5, "stop", 1.0) for i in range(12))
+    rows = Samples.of(Sample(f"p{i}", text, text, 1.0, None, 0.1, 5, "stop", 1.0) for i in range(12))
     comparison = compare([CandidateSamples(text, "sft", rows), CandidateSamples("x", "x", rows)], text, 5, 100)
     Console(file=screen, width=200).print(comparison_table(comparison))
     log_text = (place.folder / "logs" / "run.log").read_text(encoding="utf-8")

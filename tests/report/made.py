@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf.recipe.seeds import method
 from rlhf.report.results import Comparison, Cost
-from rlhf.report.samples import CandidateSamples, Sample
+from rlhf.report.samples import CandidateSamples, Sample, Samples
 from rlhf.report.statistics import compare
 
 KINDS = ("sft", "ppo", "dpo")
@@ -37,7 +37,7 @@ def samples(name, *, gold=0.0, reward=0.0, kl=0.0, tokens=20, finish="stop", tex
         )
         for place in range(prompts)
     ]
-    return CandidateSamples(name, method(name) if method(name) in KINDS else "base", tuple(rows))
+    return CandidateSamples(name, method(name) if method(name) in KINDS else "base", Samples.of(rows))
 
 
 def spent(item, gradient, generated=0.0, seconds=10.0, accuracy=None):

@@ -10,6 +10,7 @@ from browser import BINARY, Browser, chromium
 from made import comparison, samples, spent
 
 from rlhf.report.html import write_html
+from rlhf.report.samples import Samples
 
 pytestmark = pytest.mark.browser
 
@@ -33,7 +34,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found = [
             replace(
                 item,
-                samples=tuple(
+                samples=Samples.of(
                     replace(sample, response=attack, prompt=attack + sample.prompt) if turn == place else sample
                     for turn, sample in enumerate(item.samples)
                 ),

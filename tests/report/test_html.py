@@ -13,6 +13,7 @@ from made import comparison, samples, spent
 from rlhf.recipe.base import Budget
 from rlhf.report.frontier import frontier_point
 from rlhf.report.html import write_html
+from rlhf.report.samples import Samples
 from rlhf.untrusted import visible
 
 EVIL = (
@@ -67,8 +68,9 @@ def page(tmp_path_factory):
     candidates = [samples("sft"), samples("ppo", gold=0.8, reward=1.0, kl=5.0), samples("dpo", gold=0.2, kl=2.0)]
     candidates[1] = spent(candidates[1], 1_234_567, 89, accuracy=0.75)
     marked = replace(candidates[1].samples[0], prompt=EVIL, response=EVIL)
-    candidates[1] = replace(candidates[1], samples=(marked, *candidates[1].samples[1:]))
-    candidates[0] = replace(candidates[0], samples=(replace(marked, response="fine"), *candidates[0].samples[1:]))
+    candidates[1] = replace(candidates[1], samples=Samples.of([marked, *candidates[1].samples[1:]]))
+    fine = replace(marked, response="fine")
+    candidates[0] = replace(candidates[0], samples=Samples.of([fine, *candidates[0].samples[1:]]))
     write_html(path, comparison(*candidates), CURVES, candidates, {"model <b>": EVIL, "recipe": "quickstart"})
     return path.read_text(encoding="utf-8")
 

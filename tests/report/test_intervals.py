@@ -2,12 +2,22 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf.report.intervals import by_prompt, estimate, holm, mean_interval, sign_flip, standard_error, variance_parts
+from rlhf.report.intervals import (
+    Groups,
+    estimate,
+    estimates,
+    holm,
+    mean_intervals,
+    sign_flips,
+    standard_error,
+    variance_parts,
+)
 from rlhf.report.results import Interval
 
 
@@ -15,14 +25,22 @@ def measured(values, seed=0, resamples=500, level=0.95):
     return estimate(np.asarray(values, dtype=np.float64), seed, resamples, level)
 
 
-def test_by_prompt_averages_in_order_of_first_appearance():
-    assert by_prompt([1, 10, 3, 20], ["b", "a", "b", "a"]).tolist() == [2.0, 15.0]
-    assert by_prompt([[1, 10, 3], [0, 0, 9]], ["b", "a", "b"]).tolist() == [[2.0, 10.0], [4.5, 0.0]]
+def mean_interval(data, seed, resamples, level=0.95):
+    return mean_intervals(np.asarray(data, dtype=np.float64)[None], seed, resamples, level)[0]
 
 
-def test_by_prompt_refuses_values_of_another_length():
+def sign_flip(gaps, seed):
+    return sign_flips(gaps[None], seed)[0]
+
+
+def test_prompts_are_averaged_in_order_of_first_appearance():
+    assert Groups(["b", "a", "b", "a"]).means([1, 10, 3, 20]).tolist() == [2.0, 15.0]
+    assert Groups(["b", "a", "b"]).means([[1, 10, 3], [0, 0, 9]]).tolist() == [[2.0, 10.0], [4.5, 0.0]]
+
+
+def test_values_of_another_length_are_refused():
     with pytest.raises(ValueError, match="3 prompt ids"):
-        by_prompt([1.0], ["a", "b", "c"])
+        Groups(["a", "b", "c"]).means([1.0])
 
 
 def test_interval_agrees_with_student_on_normal_data():
@@ -66,6 +84,50 @@ def test_awkward_values_still_give_a_finite_interval_around_the_mean(data):
     assert found.low <= np.mean(data) <= found.high
 
 
+@pytest.mark.parametrize("n", [8, 40, 700])
+@pytest.mark.parametrize("kind", ["normal", "wins", "skewed"])
+def test_intervals_are_those_of_scipys_bootstrap_with_the_same_seed(n, kind):
+    rng = np.random.default_rng(n)
+    values = {"normal": rng.normal(3, 2, n), "wins": rng.choice([0, 0.5, 1], n), "skewed": rng.gamma(0.5, 1, n)}[kind]
+    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)
+    level = 1 - 2 * stats.norm.cdf(-reach)
+    scipys = stats.bootstrap((values,), np.mean, n_resamples=999, confidence_level=level, rng=np.random.default_rng(4))
+    found = mean_interval(values, seed=4, resamples=999)
+    assert tuple(found) == pytest.approx(tuple(scipys.confidence_interval), rel=1e-9)
+
+
+def test_a_mean_is_measured_alike_alone_and_beside_others(monkeypatch):
+    rng = np.random.default_rng(11)
+    several = [rng.normal(size=(1, 1, 30)), rng.normal(size=(2, 1, 30)), rng.normal(size=(1, 1, 30))]
+    alone = [measured(values) for values in several]
+    together = estimates(iter(several), 0, 500, 0.95)
+    monkeypatch.setattr("rlhf.report.intervals.CELLS", 100)  # three resamples at once
+    for found in (together, estimates(several, 0, 500, 0.95)):
+        assert [item.p_value for item in found] == [item.p_value for item in alone]
+        assert [tuple(item.ci) for item in found] == [pytest.approx(tuple(item.ci)) for item in alone]
+
+
+def memory(work):
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_grows_with_the_samples_and_not_with_their_square(monkeypatch):
+    monkeypatch.setattr("rlhf.report.intervals.CELLS", 1000)
+    monkeypatch.setattr("rlhf.report.intervals.FLIPS", 20)
+
+    def work(prompts):
+        groups = Groups([f"p{prompt}" for prompt in range(prompts) for _ in range(2)])
+        values = np.arange(2.0 * prompts)[None, None]
+        return lambda: estimate(groups.means(values), 0, 20, 0.95)
+
+    few, many = (memory(work(prompts)) for prompts in (2000, 8000))
+    assert many < 5 * few
+
+
 def test_pairing_narrows_the_interval_on_correlated_data():
     rng = np.random.default_rng(5)
     difficulty = rng.normal(0, 2, 60)
@@ -80,7 +142,7 @@ def test_pairing_narrows_the_interval_on_correlated_data():
 def test_repeating_samples_of_a_prompt_adds_no_certainty():
     gaps = np.random.default_rng(6).normal(0.2, 1, 30)
     ids = [f"p{prompt}" for prompt in range(30) for _ in range(8)]
-    again = measured(by_prompt(np.repeat(gaps, 8), ids)[None, None])
+    again = measured(Groups(ids).means(np.repeat(gaps, 8))[None, None])
     once = measured(gaps[None, None])
     assert again.n == 30
     assert tuple(again.ci) == pytest.approx(tuple(once.ci))

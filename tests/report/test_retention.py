@@ -13,12 +13,12 @@ from rlhf.report.evaluation import Evaluation, merge
 from rlhf.report.findings import diagnose
 from rlhf.report.html import write_html
 from rlhf.report.json import read_json, write_json
-from rlhf.report.samples import ChatScore
+from rlhf.report.samples import ChatScores
 from rlhf.report.table import comparison_table
 
 
 def kept(name, nats, tokens, **other):
-    return replace(samples(name, **other), retention=tuple(map(ChatScore, nats, tokens)))
+    return replace(samples(name, **other), retention=ChatScores.of(nats, tokens))
 
 
 def test_the_mean_is_nats_over_tokens_and_the_difference_is_paired():

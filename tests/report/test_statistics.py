@@ -10,7 +10,7 @@ from made import comparison, samples, spent
 from rlhf.errors import TrainingError
 from rlhf.recipe.base import Budget
 from rlhf.report.results import Interval
-from rlhf.report.samples import CandidateSamples, Sample
+from rlhf.report.samples import CandidateSamples, Sample, Samples
 from rlhf.report.statistics import compare
 
 
@@ -22,7 +22,7 @@ def candidate(name, golds, prompt_ids, kind="sft", **other):
     sample = {"prompt": "q", "response": "r", "reward": 0.0, "kl": 0.0, "tokens": 5, "finish_reason": "stop"}
     sample |= {"entropy": 1.0} | other
     rows = tuple(Sample(prompt_id=i, gold=float(gold), **sample) for i, gold in zip(prompt_ids, golds, strict=True))
-    return CandidateSamples(name, kind, rows)
+    return CandidateSamples(name, kind, Samples.of(rows))
 
 
 def test_compare_measures_every_candidate_and_every_pair():
@@ -31,7 +31,7 @@ def test_compare_measures_every_candidate_and_every_pair():
     sft, ppo = candidate("sft", base, names), candidate("ppo", base + 1, names, "ppo", reward=2.0, kl=3.0, tokens=9)
     cut = replace(ppo.samples[0], finish_reason="length", response="another")
     dpo = candidate("dpo", base - 1, names, "dpo")
-    found = compare([sft, replace(ppo, samples=(cut, *ppo.samples[1:])), dpo], "sft", seed=1, resamples=200)
+    found = compare([sft, replace(ppo, samples=Samples.of([cut, *ppo.samples[1:]])), dpo], "sft", seed=1, resamples=200)
     assert [(item.name, item.kind) for item in found.candidates] == [("sft", "sft"), ("ppo", "ppo"), ("dpo", "dpo")]
     assert (found.prompts, found.samples, found.runs) == (12, 24, 1)
     ppo_result = found.candidate("ppo")

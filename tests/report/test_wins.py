@@ -8,14 +8,24 @@ import pytest
 from made import comparison, samples
 from scipy import stats
 
+from rlhf.report.intervals import Groups, estimate
 from rlhf.report.results import Interval
-from rlhf.report.wins import leaderboard, length_controlled, outcomes, win_rate, write_leaderboard
+from rlhf.report.wins import (
+    Meeting,
+    bounded,
+    leaderboard,
+    length_controlled,
+    outcomes,
+    tally,
+    write_leaderboard,
+)
 
 
 def met(gold, other, ids=None, margin=1e-6):
     outcome = outcomes(np.atleast_2d(np.asarray(gold, float)), np.atleast_2d(np.asarray(other, float)), margin)
     ids = ids or [f"p{place}" for place in range(outcome.shape[-1])]
-    return win_rate("a", "b", outcome, np.zeros_like(outcome), ids, seed=0, resamples=200)
+    rate, wins = tally(Meeting("a", "b", outcome, np.zeros_like(outcome)), Groups(ids))
+    return bounded(rate, estimate(wins, seed=0, resamples=200, level=0.95), 0.95)
 
 
 def test_win_rate_by_hand_with_ties():

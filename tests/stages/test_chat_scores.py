@@ -16,7 +16,10 @@ from rlhf.errors import DataError
 from rlhf.local import LocalModel
 from rlhf.recipe.base import PathData
 from rlhf.recipe.stage_schema import CompareStage
-from rlhf.stages.retention import Retained, chat_scores, read_retention
+from rlhf.stages.drawn import Drawn
+from rlhf.stages.evaluate import add_chats, chat_scores
+from rlhf.stages.parts import Parts
+from rlhf.stages.retention import Retained, read_retention
 
 CHATS = [
     [("user", "Hi."), ("assistant", "Hello!")],
@@ -50,19 +53,27 @@ def policy(tiny_folder):
     return LocalModel(spec)
 
 
-def test_scores_are_those_of_plain_transformers_on_what_the_assistant_says(file, policy, tiny_folder, tiny_tokenizer):
+@pytest.mark.parametrize("tokens_in_a_part", [1, 1000])
+def test_scores_are_those_of_plain_transformers_on_what_the_assistant_says(
+    tokens_in_a_part, file, policy, tiny_folder, tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rlhf.stages.evaluate.PART_TOKENS", tokens_in_a_part)
     retained = read(file, tiny_folder, tiny_tokenizer)
     # The bytes of the answers, and an end for each of them.
     assert retained.tokens == [len("Hello!") + 1, len("4") + 1 + len("6.") + 1]
-    scores = chat_scores(retained, policy, tiny_tokenizer, tiny_folder)
+    item, made = Drawn("sft", [], False, 1, Parts(tmp_path / "parts", print)), []
+    context = SimpleNamespace(checkpoint=lambda name: tiny_folder)
+    add_chats(item, retained, tiny_tokenizer, lambda: policy, context, made.append)
+    assert len(made) == (2 if tokens_in_a_part == 1 else 1)
+    scores = chat_scores(item, retained)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    for row, score, count in zip(read_conversations(PathData(path=file)), scores, retained.tokens, strict=True):
+    assert scores.tokens.tolist() == retained.tokens
+    for row, nats, _ in zip(read_conversations(PathData(path=file)), scores.nats, retained.tokens, strict=True):
         tokens, mask = tiny_tokenizer.conversation_ids(row.messages)
         with torch.no_grad():
             logprobs = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
         picked = logprobs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        assert score.nats == pytest.approx(-float(picked[torch.tensor(mask[1:])].sum()), rel=1e-5)
-        assert score.tokens == count
+        assert nats == pytest.approx(-float(picked[torch.tensor(mask[1:])].sum()), rel=1e-5)
 
 
 def test_a_chat_longer_than_the_model_is_named(file, tiny_folder, tiny_tokenizer):

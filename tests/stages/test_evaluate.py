@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,9 @@ from rlhf.models.tiny import TURN_END, build_tiny
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.roles import Ready
-from rlhf.stages.evaluate import Drawn, implicit_accuracy, judged, sequence_kl
+from rlhf.stages.drawn import Drawn
+from rlhf.stages.evaluate import add_kl, implicit_accuracy, judged
+from rlhf.stages.parts import Parts
 from rlhf.types import Prompt, Rollout, Sampling, TokenScores
 
 
@@ -25,9 +28,12 @@ def rollout(prompt: str, text: str) -> Rollout:
     return Rollout(Prompt(prompt, (9, 9), prompt), (7, TURN_END), (-1.0, -1.0), text, "stop", 0, 0)
 
 
-def drawn(logprobs=(0.0, 0.0), margins=(), texts=("x", "y")) -> Drawn:
-    rollouts = [rollout("p0", texts[0]), rollout("p1", texts[1])]
-    return Drawn(rollouts, torch.tensor(logprobs), torch.ones(2), torch.tensor(margins), foreign=False)
+def drawn(folder, logprobs, name="ppo") -> Drawn:
+    rollouts = [rollout("p0", "x"), rollout("p1", "y")]
+    item = Drawn(name, [one.prompt for one in rollouts], False, 1, Parts(folder, print))
+    for one, logprob in zip(rollouts, logprobs, strict=True):
+        item.add([one], torch.tensor([logprob]), torch.ones(1), torch.zeros(1))
+    return item
 
 
 class Constant:
@@ -41,27 +47,22 @@ class Constant:
         return Ready(TokenScores(filled, torch.zeros(batch.tokens.shape)))
 
 
-def test_the_log_ratio_of_a_sample_is_its_own_logprob_less_the_references(tiny_tokenizer):
-    models = {"sft": drawn((-4.0, -4.0)), "ppo": drawn((-1.0, -3.0))}
-    found = sequence_kl(models, [], Constant(-2.0), tiny_tokenizer, "sft")
-    assert found["sft"].tolist() == [0.0, 0.0]
-    assert found["ppo"].tolist() == [3.0, 1.0]
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_log_ratio_of_a_sample_is_its_own_logprob_less_the_references(tiny_tokenizer, tmp_path, size):
+    item, made = drawn(tmp_path, (-1.0, -3.0)), []
+    add_kl(item, size, [None, None], lambda: Constant(-2.0), tiny_tokenizer, made.append)
+    assert item.parts.column("ppo/kl", "kl").tolist() == [3.0, 1.0]
+    assert len(made) == 2 // size
 
 
 def test_implicit_accuracy_counts_what_the_policy_gained_on_the_reference():
-    models = {
-        "sft": drawn(margins=(1.0, -1.0, 0.0, 2.0)),
-        "dpo": drawn(margins=(2.0, -0.5, -1.0, 2.0)),
-        "foreign": drawn(),
-    }
-    assert implicit_accuracy(models, "sft") == {"sft": None, "dpo": 2.5 / 4, "foreign": None}
+    margins = {"sft": (1.0, -1.0, 0.0, 2.0), "dpo": (2.0, -0.5, -1.0, 2.0), "foreign": ()}
+    columns = {name: np.array(column, dtype=np.float32) for name, column in margins.items()}
+    assert implicit_accuracy(columns, "sft") == {"sft": None, "dpo": 2.5 / 4, "foreign": None}
 
 
 def test_answers_to_one_prompt_reach_the_judge_side_by_side():
-    models = {
-        "a": drawn(texts=("a0", "a1")),
-        "b": drawn(texts=("b0", "b1")),
-    }
+    models = {name: [rollout("p0", f"{name}0"), rollout("p1", f"{name}1")] for name in "ab"}
     seen = []
 
     class Judge:
