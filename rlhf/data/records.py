@@ -10,11 +10,14 @@ import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.strict_json import array_items, parse_object
 from rlhf.errors import DataError
 from rlhf.recipe.base import HubData, PathData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,18 @@ def _parquet(path: Path) -> Records:
         raise DataError(f"{path}: not readable as parquet: {error}") from error
 
 
-def _hub(source: HubData) -> Records:
+def hub_table(source: HubData) -> Dataset:
+    """Load a dataset, which the library maps into memory; DataError where it cannot."""
     import datasets
 
     try:
-        table = datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(f"{source.hub}[{source.split}]: cannot be loaded: {error}") from error
-    for number, row in enumerate(table, start=1):
+
+
+def _hub(source: HubData) -> Records:
+    for number, row in enumerate(hub_table(source), start=1):
         yield Record(f"{source.hub}[{source.split}]:{number}", number, row)
 
 
