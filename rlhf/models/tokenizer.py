@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.errors import DataError, RecipeError
+from rlhf.models.controls import Controls
 from rlhf.models.folder import loading
-
-Message = Mapping[str, str]
+from rlhf.models.rendering import Message, render
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -21,6 +22,9 @@ PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|e
 @dataclass(frozen=True)
 class ChatTokenizer:
     """A tokenizer with its chat template.
+
+    What messages say is text: a control token that they spell is encoded letter by letter, and only what the template
+    writes itself becomes one (`Controls`).
 
     hf       the transformers tokenizer
     pad_id   fills rows up; masks never rely on it
@@ -31,17 +35,22 @@ class ChatTokenizer:
     pad_id: int
     eos_ids: tuple[int, ...]
 
+    @cached_property
+    def controls(self) -> Controls:
+        """The control tokens, and how texts are kept from becoming them."""
+        return Controls(self.hf, self.eos_ids)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids that a response to `messages` follows: the template with its generation prompt.
 
         A beginning-of-sequence token is there when the template writes one, and never twice. Raises DataError
         when the template refuses the messages.
         """
-        return self._encode(self._render(messages, generation_prompt=True))
+        return self.controls.encode(self._render(messages, generation_prompt=True))
 
     def completion_ids(self, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
         """Return the prompt's ids and those of a finished response to it, end-of-sequence token included."""
-        pieces = [self._render(messages, generation_prompt=True), response]
+        pieces = [self._render(messages, generation_prompt=True), self.controls.masked(response, "assistant")]
         prompt, completion = self._encode_pieces(pieces)
         return prompt, [*completion, self.eos_ids[0]]
 
@@ -62,7 +71,11 @@ class ChatTokenizer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a plain text, with the special tokens that the tokenizer itself puts around one."""
-        return self.hf(text)["input_ids"]
+        return self.controls.encode(self.controls.masked(text, "user"), around=True)
+
+    def spelled_controls(self, text: str, role: str = "user") -> tuple[str, ...]:
+        """Return the control tokens that a text of a role spells, in their order; it is encoded as its letters."""
+        return self.controls.spelled(text, role)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
@@ -74,15 +87,7 @@ class ChatTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        if not messages:
-            raise DataError("a conversation is empty, or starts with the assistant and has nothing to answer")
-        try:
-            return self.hf.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # a template is a program of the model's: it may raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"the chat template refuses a conversation of roles {roles}: {_reason(error)}") from error
+        return render(self.hf, self.controls, messages, generation_prompt)
 
     def _turns(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """Cut the rendered conversation into pieces, each with whether the assistant said it."""
@@ -109,9 +114,6 @@ class ChatTokenizer:
             )
         return end
 
-    def _encode(self, text: str) -> list[int]:
-        return self.hf(text, add_special_tokens=False)["input_ids"]
-
     def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """Encode pieces of one text as a model meets them: the ids of a piece never depend on a later piece.
 
@@ -122,8 +124,8 @@ class ChatTokenizer:
         ids: list[int] = []
         for piece in pieces:
             text += piece
-            whole = self._encode(text)
-            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(piece))
+            whole = self.controls.encode(text)
+            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self.controls.encode(piece))
             ids = ids + encoded[-1]
         return encoded
 
@@ -148,10 +150,6 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
     pad_id = _pad_id(hf, eos_ids)
     hf.pad_token = hf.convert_ids_to_tokens(pad_id)
     return ChatTokenizer(hf, pad_id, eos_ids)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
 
 
 def _rest(start: str, text: str) -> str:
