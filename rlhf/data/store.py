@@ -50,6 +50,15 @@ class TokenFile(Lazy[TokenSequence]):
         parts = [np.frombuffer(b"".join(batch.column(name).to_pylist()), np.uint64) for batch in self.file.batches]
         return (np.concatenate(parts) if parts else np.zeros(0, np.uint64)).reshape(-1, 2)
 
+    def numbered(self, name: str) -> tuple[list[str], np.ndarray]:
+        """Return the different texts of a column, and which of them each sequence has."""
+        known: dict[str, int] = {}
+        parts = [
+            np.array([known.setdefault(text, len(known)) for text in batch.column(name).to_pylist()], np.int64)
+            for batch in self.file.batches
+        ]
+        return list(known), np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
     def _row(self, place: int) -> TokenSequence:
         part = bisect_right(self.ends, place)
         row = place - (self.ends[part - 1] if part else 0)
