@@ -71,8 +71,8 @@ class Inspection:
     counts      what the rows come to: pairs and ties, desirable answers and others, texts of each label
     lengths     tokens by part of a row, with the chat template; empty without a tokenizer
     too_long    rows over the limit of `use`, and `first_too_long` the first of them: they stop a run
-    spelled     rows whose text spells a control token, which is trained on as its letters; `first_spelled` the first
     duplicates  rows that repeat an earlier one
+    spelled     how many rows spell each control token of the tokenizer, which is encoded as its letters
     example     the first row (of a ranking, its first pair) by part, as (text, whether it is trained on); with the
                 template where there is a tokenizer
     refusals    what would stop a run
@@ -90,9 +90,8 @@ class Inspection:
     lengths: Mapping[str, Lengths]
     too_long: int
     first_too_long: str
-    spelled: int
-    first_spelled: str
     duplicates: int
+    spelled: Mapping[str, int]
     example: Mapping[str, tuple[Segment, ...]]
     refusals: tuple[str, ...]
 
@@ -166,7 +165,8 @@ class Tally:
         self.labels, self.mixed = Labels(), ""
         self.names, self.contents = bytearray(), bytearray()
         self.lengths: dict[str, array[int]] = {}
-        self.too_long, self.spelled = Places(), Places()
+        self.too_long, self.first_too_long = 0, ""
+        self.spelled: Counter[str] = Counter()
         self.example: dict[str, tuple[Segment, ...]] = {}
 
     def readable(self, progress: Progress) -> Iterator[Any]:
@@ -189,8 +189,9 @@ class Tally:
         self.contents += found.contents
         for refusal in found.refused:
             self.refused.add(refusal)
-        self.too_long.add(found.too_long)
-        self.spelled.add(found.spelled)
+        self.too_long += len(found.too_long)
+        self.first_too_long = self.first_too_long or next(iter(found.too_long), "")
+        self.spelled.update(found.spelled)
 
     def described(self) -> Inspection:
         """Return the description of all rows."""
@@ -205,11 +206,10 @@ class Tally:
             reasons=dict((self.bad.reasons + self.refused.reasons).most_common()),
             counts=dict(self.counts.most_common()) if self.use.purpose == "classes" else dict(self.counts),
             lengths={name: _summary(counts) for name, counts in self.lengths.items()},
-            too_long=self.too_long.count,
-            first_too_long=self.too_long.first,
-            spelled=self.spelled.count,
-            first_spelled=self.spelled.first,
+            too_long=self.too_long,
+            first_too_long=self.first_too_long,
             duplicates=_repeats(self.contents),
+            spelled=dict(self.spelled.most_common()),
             example=self.example,
             refusals=(),
         )
@@ -285,18 +285,6 @@ class Refused:
             self.first.append(error)
         reason = error.partition(": ")[2] or error
         self.reasons[reason if reason in self.reasons or len(self.reasons) < REASONS else OTHERS] += 1
-
-
-class Places:
-    """How many rows there are of a kind, and where the first one is."""
-
-    def __init__(self) -> None:
-        self.count, self.first = 0, ""
-
-    def add(self, places: Sequence[str]) -> None:
-        """Count further rows, in their order."""
-        self.count += len(places)
-        self.first = self.first or next(iter(places), "")
 
 
 def _summary(counts: array[int]) -> Lengths:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.content import digest
-from rlhf.data.parts import items, parts
-from rlhf.data.rows import Conversation, LabelledRow, PreferenceRow, PromptRow, TextRow
+from rlhf.data.parts import items, parts, spelled
 from rlhf.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ class Measures:
     contents  16 bytes for each row that says something, to find it again
     refused   what the chat template or the tokenizer refuses
     too_long  where rows are that exceed the limit
-    spelled   where rows are whose text spells a control token
+    spelled   how many rows spell each control token
     """
 
     lengths: dict[str, array[int]] = field(default_factory=dict)
     contents: bytearray = field(default_factory=bytearray)
     refused: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
-    spelled: list[str] = field(default_factory=list)
+    spelled: Counter[str] = field(default_factory=Counter)
 
 
 def measured(rows: Iterable[Any], tokenizer: ChatTokenizer | None, limit: int | None) -> Measures:
@@ -60,23 +60,7 @@ def _tokens(row: Any, tokenizer: ChatTokenizer, limit: int | None, made: Measure
             made.lengths.setdefault(f"{name}, trained", array("i")).append(sum(sequence.response_mask))
     if limit is not None and any(len(sequence.tokens) > limit for _, sequence in found):
         made.too_long.append(items(row)[0].where)
-    if any(tokenizer.spelled_controls(text, role) for item in items(row) for role, text in _texts(item)):
-        made.spelled.append(items(row)[0].where)
-
-
-def _texts(item: Any) -> Iterator[tuple[str, str]]:
-    """Yield who says what in a row."""
-    match item:
-        case Conversation() | PromptRow():
-            yield from ((message["role"], message["content"]) for message in item.messages)
-        case PreferenceRow():
-            yield from ((message["role"], message["content"]) for message in item.prompt)
-            yield from (("assistant", said) for said in (item.chosen, item.rejected))
-        case LabelledRow():
-            yield from ((message["role"], message["content"]) for message in item.prompt)
-            yield "assistant", item.completion
-        case TextRow():
-            yield "user", item.text
+    made.spelled.update(spelled(row, tokenizer))
 
 
 def _content(row: Any) -> str:

@@ -45,6 +45,25 @@ def parts(item: Any, tokenizer: ChatTokenizer) -> Iterator[tuple[str, TokenSeque
             yield "text", text_sequence(item, tokenizer, sys.maxsize)
 
 
+def said(item: Any) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a row, each with the role that says it."""
+    match item:
+        case Conversation() | PromptRow():
+            yield from ((message["role"], message["content"]) for message in item.messages)
+        case PreferenceRow() | LabelledRow():
+            yield from ((message["role"], message["content"]) for message in item.prompt)
+            answers = (item.chosen, item.rejected) if isinstance(item, PreferenceRow) else (item.completion,)
+            yield from (("assistant", answer) for answer in answers)
+        case TextRow():
+            yield "user", item.text
+
+
+def spelled(row: Any, tokenizer: ChatTokenizer) -> set[str]:
+    """Return the control tokens that the texts of a row spell; they are encoded as their letters."""
+    texts = (text for item in items(row) for text in said(item))
+    return {token for role, text in texts for token in tokenizer.spelled_controls(text, role)}
+
+
 def _labelled(item: LabelledRow) -> str:
     return f"prompt + {'desirable' if item.desirable else 'undesirable'} completion"
 

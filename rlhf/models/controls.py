@@ -12,13 +12,14 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import DataError
+from rlhf.errors import DataError, RlhfError
 
 BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 ELEMENT = re.compile(
@@ -83,13 +84,15 @@ class Controls:
         """Return the ids of a text: control tokens where they stand open, letters where they are masked.
 
         A text without masks has the ids that the tokenizer itself gives it. `around` adds the special tokens that the
-        tokenizer puts around a text. Raises DataError where a tokenizer without a `tokenizer.json` cannot do it.
+        tokenizer puts around a text. Raises DataError where the tokenizer refuses the text, or has no `tokenizer.json` and
+        so cannot keep the two apart.
         """
-        if self._mask not in text:
-            ids: list[int] = self.hf(text, add_special_tokens=around)["input_ids"]
-            return ids
-        named = self._replaced(text, self._name, ())
-        return self._literal.encode(self.unmasked(named), add_special_tokens=around).ids
+        with _encoding():
+            if self._mask not in text:
+                ids: list[int] = self.hf(text, add_special_tokens=around)["input_ids"]
+                return ids
+            named = self._replaced(text, self._name, ())
+            return self._literal.encode(self.unmasked(named), add_special_tokens=around).ids
 
     def _may_spell(self, text: str) -> bool:
         if self._pattern.search(text):
@@ -107,7 +110,8 @@ class Controls:
                 yield *match.span(), match[0]
             return
         texts = {number: token for token, number in self.ids.items()}
-        found = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        with _encoding():
+            found = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
         for number, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
             piece = text[start:end]
             if number in texts and self._may_spell(piece):
@@ -143,6 +147,17 @@ class Controls:
             token["content"] = names.get(token["content"], token["content"])
         _rename(described["model"], names)
         return Tokenizer.from_str(json.dumps(described))
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """Make what a tokenizer raises about a text (a lone surrogate, a piece that it lacks) a DataError."""
+    try:
+        yield
+    except RlhfError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones
+        raise DataError(f"the tokenizer refuses a text: {type(error).__name__}: {error}") from error
 
 
 def _is_mark(token: str, template: str) -> bool:

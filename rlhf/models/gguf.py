@@ -6,9 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import RecipeError
+from rlhf.models.folder import loading
+from rlhf.models.gguf_header import check_gguf
+from rlhf.models.outline import outline
 from rlhf.models.saving import save_folder
 
 
@@ -33,7 +36,20 @@ def locate_gguf(uri: str) -> Path:
 
 
 def import_gguf(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file to `folder`, dequantised to bfloat16, with its tokenizer and template."""
+    """Write the model of a GGUF file to `folder`, dequantised to bfloat16, with its tokenizer and template.
+
+    RecipeError where the file claims what it does not hold, exceeds our limits, or cannot be read.
+    """
+    weights = check_gguf(file)
+    if not weights:
+        raise RecipeError(f"{file}: it holds no weights")
+    with loading(file):
+        model, tokenizer = _read(file, weights)
+    save_folder(model, tokenizer, folder, "bfloat16")
+
+
+def _read(file: Path, weights: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    outline(file.parent, gguf=file.name, room=2 * weights)  # some files share one tensor where models have two
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -45,4 +61,4 @@ def import_gguf(file: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         file.parent, gguf_file=file.name, trust_remote_code=False, local_files_only=True
     )
-    save_folder(model, tokenizer, folder, "bfloat16")
+    return model, tokenizer

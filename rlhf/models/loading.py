@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import RecipeError
 from rlhf.models.cache import build_once, default_cache, file_digest
 from rlhf.models.folder import check_folder, loading
+from rlhf.models.limits import check_file
 from rlhf.recipe.schema import ModelSource
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 HUB_NOT_NEEDED = ["*/*", "consolidated*"]
+CONVERSION = 1
+"""Of how we convert a GGUF file; raise it when the folder that comes of one changes."""
 
 
 def resolve_model(source: ModelSource, cache: Path | None = None) -> Path:
@@ -46,11 +50,13 @@ def _find(source: ModelSource, cache: Path) -> Path:
         from rlhf.models.gguf import import_gguf, locate_gguf
 
         file = locate_gguf(path)
-        return build_once(cache, file.stem, file_digest(file), lambda folder: import_gguf(file, folder))
+        key = f"{file_digest(file)} {CONVERSION} gguf {version('gguf')}"
+        return build_once(cache, file.stem, key, lambda folder: import_gguf(file, folder))
     if path == "tiny://llama":
         from rlhf.models import tiny
 
-        return build_once(cache, "tiny-llama", file_digest(Path(tiny.__file__)), tiny.build_tiny)
+        key = f"{file_digest(Path(tiny.__file__))} torch {version('torch')}"
+        return build_once(cache, "tiny-llama", key, tiny.build_tiny)
     local = Path(path).expanduser()
     if local.is_dir():
         return local.resolve()
@@ -79,7 +85,11 @@ def _with_template(folder: Path, template: Path, cache: Path) -> Path:
     """Return a cached folder of links to all files of `folder`, with its own `chat_template.jinja`."""
     if not template.is_file():
         raise RecipeError(f"model.chat_template: there is no file {template}")
-    text = template.read_text(encoding="utf-8")
+    check_file(template, "model.chat_template")
+    try:
+        text = template.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise RecipeError(f"model.chat_template: {template} is not UTF-8 text: {error}") from error
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "chat_template.jinja")
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -111,6 +121,9 @@ def load_weights(auto_class: Any, folder: Path, dtype: str, **config: Any) -> tu
     """
     import torch
 
+    from rlhf.models.outline import outline
+
+    outline(folder, auto_class)
     with loading(folder):
         model, report = auto_class.from_pretrained(
             folder,

@@ -97,12 +97,21 @@ class ChatTokenizer:
             if message["role"] != "assistant":
                 continue
             before = self._render(messages[:index], generation_prompt=True)
-            turn = _rest(before, self._render(messages[: index + 1]))
+            turn = self._rest(before, self._render(messages[: index + 1]))
             end = self._turn_end(turn)
-            yield _rest(done, before), False
+            yield self._rest(done, before), False
             yield turn[:end], True
             done = before + turn[:end]
-        yield _rest(done, self._render(messages)), False
+        yield self._rest(done, self._render(messages)), False
+
+    def _rest(self, start: str, text: str) -> str:
+        if not text.startswith(start):
+            shown = self.controls.unmasked(start)[-60:]
+            raise DataError(
+                "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
+                f"sequence: {shown!r} is not kept; use single-turn data, or a template that keeps what it wrote"
+            )
+        return text[len(start) :]
 
     def _turn_end(self, turn: str) -> int:
         """Return where the last end-of-sequence token of an assistant's rendered turn ends, in characters."""
@@ -110,7 +119,7 @@ class ChatTokenizer:
         end = max(turn.rfind(token) + len(token) if token in turn else 0 for token in ends)
         if not end:
             raise DataError(
-                f"the chat template closes the assistant's turn {turn[-60:]!r} with none of {', '.join(ends)}; "
+                f"the chat template closes the assistant's turn {self.controls.unmasked(turn)[-60:]!r} with none of {', '.join(ends)}; "
                 "set model.chat_template to one that does, or the model never learns to stop"
             )
         return end
@@ -149,27 +158,20 @@ def load_tokenizer(folder: Path) -> ChatTokenizer:
         raise RecipeError(
             f"{folder}: the tokenizer names no end-of-sequence token (eos_token in tokenizer_config.json)"
         )
-    closing = _closing_id(ChatTokenizer(hf, pad_id=eos_ids[0], eos_ids=eos_ids))
+    with loading(folder):
+        closing = _closing_id(ChatTokenizer(hf, pad_id=eos_ids[0], eos_ids=eos_ids))
     eos_ids = (closing, *(token for token in eos_ids if token != closing))
     pad_id = _pad_id(hf, eos_ids)
     hf.pad_token = hf.convert_ids_to_tokens(pad_id)
     return ChatTokenizer(hf, pad_id, eos_ids)
 
 
-def _rest(start: str, text: str) -> str:
-    if not text.startswith(start):
-        raise DataError(
-            "the chat template changes earlier turns when later ones follow, so a conversation has no one token "
-            f"sequence: {start[-60:]!r} is not kept; use single-turn data, or a template that keeps what it wrote"
-        )
-    return text[len(start) :]
-
-
 def _end_ids(hf: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...]:
     """Return the tokenizer's end-of-sequence token and those of the generation config, each once."""
     found = [hf.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        with loading(folder):
+            listed = GenerationConfig.from_pretrained(folder).eos_token_id
         found += listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(token for token in found if token is not None))
 

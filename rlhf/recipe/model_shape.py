@@ -113,18 +113,24 @@ class Model:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Build the model of a Hugging Face folder on the meta device (no memory) and measure it."""
+    """Build the model of a Hugging Face folder on the meta device (no memory) and measure it.
+
+    RecipeError where it cannot be built, or where its files do not hold what its config describes.
+    """
+    from rlhf.models.folder import loading
+    from rlhf.models.outline import outline
+
+    config, model = outline(folder)
+    with loading(folder):
+        return _measured(config.get_text_config(), model)
+
+
+def _measured(text: Any, model: Any) -> ModelShape:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from rlhf.models.folder import loading
     from rlhf.models.layers import decoder_layers, last_norms
 
-    with loading(folder), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
-    text = config.get_text_config()
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     heads = text.num_attention_heads

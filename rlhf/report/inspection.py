@@ -113,6 +113,8 @@ def _facts(made: Inspection) -> Iterator[tuple[str, str]]:
     yield "rows", f"{made.rows}, {made.bad} bad, {made.duplicates} that repeat an earlier one"
     for reason, count in list(made.reasons.items())[:SHOWN]:
         yield "", f"{count} x {reason}"
+    for token, count in list(made.spelled.items())[:SHOWN]:
+        yield "", f"{count} with {token} in a text, where it is encoded as its letters"
     if made.counts and made.use.purpose == "classes":
         shown = [f"{label} {count}" for label, count in list(made.counts.items())[:LABELS]]
         more = f" and {len(made.counts) - LABELS} more" if len(made.counts) > LABELS else ""
@@ -127,9 +129,6 @@ def _facts(made: Inspection) -> Iterator[tuple[str, str]]:
     if made.use.limit is not None and made.lengths:
         first = f", the first: {made.first_too_long}" if made.too_long else ""
         yield "too long", f"{made.too_long} over {made.use.setting} {made.use.limit}{first}"
-    if made.spelled:
-        count = f"{made.spelled} rows spell a control token in their text, which stays text"
-        yield "spelled", f"{count}; the first: {made.first_spelled}"
 
 
 def _example(segments: Sequence[Segment], colours: bool) -> Text:

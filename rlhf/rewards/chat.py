@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from pydantic import BaseModel, Field
@@ -15,6 +16,7 @@ from rlhf.rewards.http import Endpoint, client, token_from
 from rlhf.rewards.question import FREE, REMINDER, Question, parse
 from rlhf.rewards.verdicts import Verdict
 
+TEMPERATURE = 0
 MAX_TOKENS = 8
 
 
@@ -43,6 +45,15 @@ class ChatJudge:
             settings.deadline_s,
         )
 
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """Where it is asked, and how the answer is drawn and read."""
+        return {
+            "url": plain_url(self.endpoint.url),
+            "sampling": [TEMPERATURE, MAX_TOKENS],
+            "words": [FREE, REMINDER],
+        }
+
     def text(self, question: Question) -> str:
         """Return a question in words."""
         return question.text(self.settings.criteria, FREE)
@@ -66,7 +77,7 @@ class ChatJudge:
         body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": text}],
-            "temperature": 0,
+            "temperature": TEMPERATURE,
             "max_tokens": MAX_TOKENS,
         }
         return parse(await self.endpoint.post(http, body, _content, f"prompt id {question.prompt_id}"))
@@ -75,3 +86,13 @@ class ChatJudge:
 def _content(answer: bytes) -> str:
     """Return what the model said; models that only thought have said nothing."""
     return _Completion.model_validate_json(answer).choices[0].message.content or ""
+
+
+def plain_url(url: str) -> str:
+    """Return a URL as all its spellings have it in common: no user name, password or fragment, nothing superfluous."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    host = f"[{host}]" if ":" in host else host
+    standard = {"http": 80, "https": 443}.get(parts.scheme)
+    place = host if parts.port in (None, standard) else f"{host}:{parts.port}"
+    return urlunsplit((parts.scheme, place, parts.path.rstrip("/"), parts.query, ""))

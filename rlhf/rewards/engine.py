@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.errors import RecipeError, TrainingError
 from rlhf.models.tokenizer import ChatTokenizer
@@ -26,6 +27,11 @@ class EngineJudge:
     tokenizer: ChatTokenizer
     criteria: str
     max_prompt_tokens: int
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """How the answer is drawn, and from which tokenizer's and template's ids."""
+        return {"sampling": [0, 1], "letters": LETTERS, "words": self.tokenizer.fingerprint()}
 
     def text(self, question: Question) -> str:
         """Return a question in words."""

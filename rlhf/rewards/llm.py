@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, permutations
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ QUESTIONS_PER_CALL = 128
 
 class Judge(Protocol):
     """A model that says which of two responses is better."""
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What beside the model and the question's text its verdicts depend on, in JSON."""
+        ...
 
     def text(self, question: Question) -> str:
         """Return a question in this judge's words."""
@@ -63,8 +68,9 @@ class LlmReward:
 
     def _verdicts(self, questions: set[Question]) -> dict[Question, float]:
         """Return the verdict on each question, from the cache where it is there; unreadable ones are ties."""
-        keys = {q: verdict_key(self.identity, self.judge.text(q)) for q in sorted(questions, key=_order)}
-        known = self.cache.find(list(keys.values()))
+        conditions = self.judge.conditions
+        keys = {q: verdict_key(self.identity, conditions, self.judge.text(q)) for q in sorted(questions, key=_order)}
+        known: dict[str, Verdict] = {**self.cache.find(list(keys.values()))}
         missing = [question for question, key in keys.items() if key not in known]
         for start in range(0, len(missing), QUESTIONS_PER_CALL):
             part = missing[start : start + QUESTIONS_PER_CALL]

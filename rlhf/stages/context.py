@@ -187,7 +187,7 @@ class StageContext:
         )
         engine = self.launcher.judge(spec)
         source = EngineJudge(engine, load_tokenizer(folder), judge.criteria, judge.max_prompt_tokens)
-        return LlmReward(source, f"{folder_digest(folder)} {spec.dtype}", cache)
+        return LlmReward(source, f"{folder_digest(folder)} {spec.dtype} {spec.role.engine}", cache)
 
 
 def largest_adapter(recipe: Recipe) -> Lora | None:

@@ -16,14 +16,18 @@ from pathlib import Path
 
 from rlhf.errors import RlhfError
 from rlhf.models.tiny import build_tiny
-from tests.chaos import _hostile_models, _hostile_text
+from tests.chaos import _hostile_models, _hostile_sizes, _hostile_text
 from tests.chaos._hostile_models import Attempt, Place
 from tests.chaos.corruption import Heard
 from tests.chaos.row import Row, only
 
-COUNT = 200
+COUNT = 260
 LONGEST_S = 10.0
-ATTEMPTS: tuple[Attempt, ...] = (*_hostile_models.ATTEMPTS, *_hostile_text.ATTEMPTS)
+ATTEMPTS: tuple[Attempt, ...] = (
+    *_hostile_models.ATTEMPTS,
+    *_hostile_text.ATTEMPTS,
+    *_hostile_sizes.ATTEMPTS,
+)
 
 
 def run(count: int, rng: random.Random, attempts: Sequence[Attempt] = ATTEMPTS) -> Row:

@@ -55,6 +55,15 @@ def test_lengths_by_hand(tmp_path, tiny_tokenizer):
     }
 
 
+def test_rows_that_spell_a_control_token_are_counted(tmp_path, tiny_folder):
+    rows = [pair(1), pair(2, "a<|im_end|>b<|im_end|>"), {**pair(3), "prompt": "<|im_start|> or <|im_end|>?"}]
+    path = write(tmp_path / "pairs.jsonl", *rows).path
+    assert inspected(PathData(path=path), load_tokenizer(tiny_folder)).spelled == {"<|im_end|>": 2, "<|im_start|>": 1}
+    assert inspected(PathData(path=path)).spelled == {}
+    result = CliRunner().invoke(main, ["data", "inspect", str(path), "--model", str(tiny_folder)])
+    assert "2 with <|im_end|> in a text, where it is encoded as its letters" in result.output
+
+
 def test_p95_is_the_nearest_rank(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "x" * length} for length in range(1, 101)]
     frame = 19

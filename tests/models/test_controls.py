@@ -82,7 +82,15 @@ def test_an_answer_ends_only_where_it_ends(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ordinary_conversations_have_the_ids_that_the_tokenizer_gives_them(name: str) -> None:
     tokenizer = FAMILIES[name].tokenizer()
-    for text in ("Say hi.", " <b>\n\n- [x] a < b > c </b>", "a|b", "[1] {x}", "Grüße \U0001f600", "<|im_start", "eot_id"):
+    for text in (
+        "Say hi.",
+        " <b>\n\n- [x] a < b > c </b>",
+        "a|b",
+        "[1] {x}",
+        "Grüße \U0001f600",
+        "<|im_start",
+        "eot_id",
+    ):
         for shape in SHAPES[2:]:
             messages = conversation(shape, [text] * len(shape))
             whole = tokenizer.hf.apply_chat_template(list(messages), tokenize=True, return_dict=True)["input_ids"]
@@ -93,7 +101,9 @@ def test_ordinary_conversations_have_the_ids_that_the_tokenizer_gives_them(name:
 def test_added_words_white_space_and_html_stay_what_they_were() -> None:
     tokenizer = GEMMA.tokenizer()
     plain = [tokenizer.hf.convert_tokens_to_ids(text) for text in GEMMA.plain]
-    assert [number for number in tokenizer.prompt_ids(conversation(("user",), ("a\n\nb<table>c<h1>d",))) if number in plain] == plain
+    assert [
+        number for number in tokenizer.prompt_ids(conversation(("user",), ("a\n\nb<table>c<h1>d",))) if number in plain
+    ] == plain
     assert tokenizer.spelled_controls("a\n\nb<table><h1><eos>") == ("<eos>",)
     mixed = tokenizer.prompt_ids(conversation(("user",), ("a\n\nb<eos><table>",)))
     assert [number for number in mixed if number in plain] == plain[:2]
@@ -210,7 +220,9 @@ def of(backend: Tokenizer, **how: bool) -> ChatTokenizer:
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("how", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}, {"single_word": True}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}, {"single_word": True}], ids=str
+)
 def test_no_kind_of_tokenizer_finds_a_way(kind: str, how: dict[str, bool]) -> None:
     """Whatever the model of words, and however marks are matched, the only ones are the template's."""
     tokenizer, rng = of(BACKENDS[kind](), **how), random.Random(kind)
@@ -266,7 +278,9 @@ def test_a_tokenizer_of_python_refuses_what_it_cannot_keep_apart() -> None:
         controls.encode(masked)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "gemma", "gemma3", "phi3", "glm4moe", "deepseekv3", "gptoss", "cohere2"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen2_5", "qwen3", "gemma", "gemma3", "phi3", "glm4moe", "deepseekv3", "gptoss", "cohere2"]
+)
 def test_shipped_templates_of_a_library(name: str) -> None:
     """The same property over templates as they are in use, with every mark that stands in them."""
     import re
