@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlhf.data.classes import Labels
-from rlhf.data.parts import Segment, example_of, items, parts, spelled
+from rlhf.data.content import digest
+from rlhf.data.encoding import characters
+from rlhf.data.measuring import Measures, measured
+from rlhf.data.parts import Segment, example_of
 from rlhf.data.reading import Purpose, purpose_of, survey
 from rlhf.data.recognise import source_name
 from rlhf.data.rows import TextRow
+from rlhf.data.splits import group_numbers
+from rlhf.data.workers import in_parts, worked
 from rlhf.errors import DataError
 from rlhf.recipe.base import HubData, PathData
 from rlhf.recipe.preference_schema import KtoStage
@@ -24,7 +33,13 @@ from rlhf.recipe.stage_schema import ClassifyStage, SftStage, Stage
 if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
-SHOWN = 5
+SHOWN, REASONS = 5, 1000
+OTHERS = "other reasons"
+Progress = Callable[[int], None]
+
+
+def _unseen(_: int) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -81,58 +96,29 @@ class Inspection:
     refusals: tuple[str, ...]
 
 
-def inspect_source(use: Use, tokenizer: ChatTokenizer | None) -> Inspection:
-    """Read a whole source and describe it; DataError when there is no such file or dataset."""
-    found = survey(use.source, use.purpose)
-    bad = list(found.bad)
-    lengths: dict[str, list[int]] = {}
-    too_long: list[str] = []
-    controls: Counter[str] = Counter()
-    example: dict[str, tuple[Segment, ...]] = {}
-    for row in found.rows:
-        try:
-            found_parts = [part for item in items(row) for part in parts(item, tokenizer)] if tokenizer else []
-        except DataError as error:
-            bad.append(error)
-            continue
-        controls.update(spelled(row, tokenizer) if tokenizer else ())
-        for name, sequence in found_parts:
-            lengths.setdefault(name, []).append(len(sequence.tokens))
-            if any(sequence.response_mask):
-                lengths.setdefault(f"{name}, trained", []).append(sum(sequence.response_mask))
-        if use.limit is not None and any(len(part.tokens) > use.limit for _, part in found_parts):
-            too_long.append(items(row)[0].where)
-        example = example or example_of(row, tokenizer)
-    contents = [_content(row) for row in found.rows if items(row)]
-    made = Inspection(
-        use=use,
-        name=source_name(use.source),
-        format=found.format,
-        columns=found.columns,
-        rows=len(found.rows) + len(found.bad),
-        bad=len(bad),
-        bad_rows=tuple(str(error) for error in bad[:SHOWN]),
-        reasons=dict(Counter(_reason(error) for error in bad).most_common()),
-        counts=_counts(found.rows, use.purpose),
-        lengths={name: _summary(counts) for name, counts in lengths.items()},
-        too_long=len(too_long),
-        first_too_long=too_long[0] if too_long else "",
-        duplicates=len(contents) - len(set(contents)),
-        spelled=dict(controls.most_common()),
-        example=example,
-        refusals=(),
-    )
-    return replace(made, refusals=tuple(_refusals(made, found.rows)))
+def inspect_source(use: Use, tokenizer: ChatTokenizer | None, progress: Progress = _unseen) -> Inspection:
+    """Read a whole source once and describe it; DataError when there is no such file or dataset.
+
+    Of each row a few numbers and digests are kept. `progress` takes the number of rows read so far.
+    """
+    tally = Tally(use, tokenizer)
+    rows = in_parts(tally.readable(progress), characters)
+    work = partial(measured, tokenizer=tokenizer, limit=use.limit)
+    for found in worked(work, rows) if tokenizer else map(work, rows):
+        tally.add(found)
+    return tally.described()
 
 
-def inspect_recipe(recipe: Recipe, tokenizer: ChatTokenizer | None) -> list[Inspection]:
+def inspect_recipe(
+    recipe: Recipe, tokenizer: ChatTokenizer | None, progress: Progress = _unseen
+) -> list[Inspection]:
     """Describe every file and dataset that a recipe reads, each once per purpose and limit."""
-    return [inspect_source(use, tokenizer) for use in uses(recipe)]
+    return [inspect_source(use, tokenizer, progress) for use in uses(recipe)]
 
 
-def inspect_file(source: PathData, tokenizer: ChatTokenizer | None) -> Inspection:
+def inspect_file(source: PathData, tokenizer: ChatTokenizer | None, progress: Progress = _unseen) -> Inspection:
     """Describe one file, for what its format or columns say it is for."""
-    return inspect_source(Use(source, purpose_of(source)), tokenizer)
+    return inspect_source(Use(source, purpose_of(source)), tokenizer, progress)
 
 
 def uses(recipe: Recipe) -> list[Use]:
@@ -167,59 +153,150 @@ def _stage_uses(stage: Stage) -> Iterator[Use]:
             yield Use(source, kind, (f"stages.{stage.name}.{key}",), setting, limit)
 
 
-def _counts(rows: Sequence[Any], purpose: Purpose) -> dict[str, int]:
-    single = list(chain.from_iterable(map(items, rows)))
-    if purpose == "preferences":
-        return {"pairs": len(single), "ties": sum(not row for row in rows)}
-    if purpose == "labelled":
-        return dict(Counter("desirable" if item.desirable else "undesirable" for item in single))
-    if purpose == "classes":
-        return dict(Counter(str(item.label) for item in single).most_common())
-    return {}
+class Tally:
+    """What is known of the rows of a source, as they are read."""
+
+    def __init__(self, use: Use, tokenizer: ChatTokenizer | None) -> None:
+        self.use, self.tokenizer = use, tokenizer
+        self.layout: tuple[str, tuple[str, ...]] = ("unknown", ())
+        self.good = 0
+        self.bad, self.refused = Refused(), Refused()
+        self.counts = Counter(pairs=0, ties=0) if use.purpose == "preferences" else Counter[str]()
+        self.labels, self.mixed = Labels(), ""
+        self.names, self.contents = bytearray(), bytearray()
+        self.lengths: dict[str, array[int]] = {}
+        self.too_long, self.first_too_long = 0, ""
+        self.spelled: Counter[str] = Counter()
+        self.example: dict[str, tuple[Segment, ...]] = {}
+
+    def readable(self, progress: Progress) -> Iterator[Any]:
+        """Yield the rows that can be read, and take in what they and the others are."""
+        for item in survey(self.use.source, self.use.purpose):
+            progress(self.good + self.bad.count + 1)
+            if item.error is not None:
+                self.bad.add(str(item.error))
+                continue
+            if not self.good:
+                self.layout = (item.format, item.columns)
+            self.good += 1
+            self._take(item.row)
+            yield item.row
+
+    def add(self, found: Measures) -> None:
+        """Take in what the work on some rows has found."""
+        for name, lengths in found.lengths.items():
+            self.lengths.setdefault(name, array("i")).extend(lengths)
+        self.contents += found.contents
+        for refusal in found.refused:
+            self.refused.add(refusal)
+        self.too_long += len(found.too_long)
+        self.first_too_long = self.first_too_long or next(iter(found.too_long), "")
+        self.spelled.update(found.spelled)
+
+    def described(self) -> Inspection:
+        """Return the description of all rows."""
+        made = Inspection(
+            use=self.use,
+            name=source_name(self.use.source),
+            format=self.layout[0],
+            columns=self.layout[1],
+            rows=self.good + self.bad.count,
+            bad=self.bad.count + self.refused.count,
+            bad_rows=tuple([*self.bad.first, *self.refused.first][:SHOWN]),
+            reasons=dict((self.bad.reasons + self.refused.reasons).most_common()),
+            counts=dict(self.counts.most_common()) if self.use.purpose == "classes" else dict(self.counts),
+            lengths={name: _summary(counts) for name, counts in self.lengths.items()},
+            too_long=self.too_long,
+            first_too_long=self.first_too_long,
+            duplicates=_repeats(self.contents),
+            spelled=dict(self.spelled.most_common()),
+            example=self.example,
+            refusals=(),
+        )
+        return replace(made, refusals=tuple(self._refusals(made)))
+
+    def _take(self, row: Any) -> None:
+        purpose = self.use.purpose
+        if purpose == "preferences":
+            self.counts.update({"pairs": len(row), "ties": not row})
+        elif purpose == "labelled":
+            self.counts.update("desirable" if item.desirable else "undesirable" for item in row)
+        elif purpose == "classes":
+            self.counts[str(row.label)] += 1
+            self._label(row)
+        elif purpose == "prompts":
+            self.names += digest(row.id)
+        if not self.example:
+            with suppress(DataError):
+                self.example = example_of(row, self.tokenizer)
+
+    def _label(self, row: TextRow) -> None:
+        try:
+            self.labels.add(row)
+        except DataError as error:
+            self.mixed = self.mixed or str(error)
+
+    def _refusals(self, made: Inspection) -> Iterator[str]:
+        allowed = made.use.source.max_bad_rows
+        if made.bad > allowed:
+            yield f"{made.bad_rows[0]} ({made.bad} bad rows, max_bad_rows is {allowed})"
+        if not self.good:
+            yield f"{made.name}: no rows"
+        if self.good and made.use.purpose == "preferences" and not made.counts["pairs"]:
+            yield f"{made.name}: no pairs, as each of the {self.good} rows is a tie"
+        if self.good and made.use.purpose == "classes":
+            yield from self._class_refusals()
+        if made.too_long:
+            yield f"{made.first_too_long}: over {made.use.setting} {made.use.limit}, as are {made.too_long} rows in all"
+        if made.use.purpose == "prompts":
+            yield from self._repeated_ids()
+
+    def _class_refusals(self) -> Iterator[str]:
+        if self.mixed:
+            yield self.mixed
+            return
+        try:
+            self.labels.classes()
+        except DataError as error:
+            yield str(error)
+
+    def _repeated_ids(self) -> Iterator[str]:
+        numbers = group_numbers(_digests(self.names))
+        often = np.bincount(numbers)
+        twice = np.flatnonzero(often[numbers] > 1)
+        if len(twice):
+            good = (item.row for item in survey(self.use.source, self.use.purpose) if item.error is None)
+            row = next(islice(good, int(twice[0]), None))
+            yield f"{row.where}: prompt id {row.id!r} is used {often[numbers[twice[0]]]} times"
 
 
-def _content(row: Any) -> str:
-    """Return a row without its place and its name, to find it again."""
-    said = [asdict(item) for item in items(row)]
-    return json.dumps([{key: item[key] for key in item if key not in ("where", "id")} for item in said], default=str)
+class Refused:
+    """Rows that cannot be used: how many, the first of them, and how many for each of the first reasons."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, error: str) -> None:
+        """Count an error, which begins with its place."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(error)
+        reason = error.partition(": ")[2] or error
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < REASONS else OTHERS] += 1
 
 
-def _reason(error: DataError) -> str:
-    """Return what is wrong with a row, without its place."""
-    _, _, rest = str(error).partition(": ")
-    return rest or str(error)
+def _summary(counts: array[int]) -> Lengths:
+    ranked = np.sort(np.frombuffer(counts, np.intc))
+    at = {share: int(ranked[math.ceil(share * len(ranked)) - 1]) for share in (0.5, 0.95)}
+    return Lengths(int(ranked[0]), at[0.5], at[0.95], int(ranked[-1]))
 
 
-def _summary(counts: Sequence[int]) -> Lengths:
-    ranked = sorted(counts)
-    at = {share: ranked[math.ceil(share * len(ranked)) - 1] for share in (0.5, 0.95)}
-    return Lengths(ranked[0], at[0.5], at[0.95], ranked[-1])
+def _repeats(contents: bytearray) -> int:
+    numbers = group_numbers(_digests(contents))
+    return len(numbers) - int(numbers.max(initial=-1)) - 1
 
 
-def _refusals(made: Inspection, rows: Sequence[Any]) -> Iterator[str]:
-    allowed = made.use.source.max_bad_rows
-    if made.bad > allowed:
-        yield f"{made.bad_rows[0]} ({made.bad} bad rows, max_bad_rows is {allowed})"
-    if not rows:
-        yield f"{made.name}: no rows"
-    if rows and made.use.purpose == "preferences" and not made.counts["pairs"]:
-        yield f"{made.name}: no pairs, as each of the {len(rows)} rows is a tie"
-    if rows and made.use.purpose == "classes":
-        yield from _class_refusals(rows)
-    if made.too_long:
-        yield f"{made.first_too_long}: over {made.use.setting} {made.use.limit}, as are {made.too_long} rows in all"
-    if made.use.purpose == "prompts":
-        names = Counter(row.id for row in rows)
-        twice = next((row for row in rows if names[row.id] > 1), None)
-        if twice:
-            yield f"{twice.where}: prompt id {twice.id!r} is used {names[twice.id]} times"
-
-
-def _class_refusals(rows: Sequence[TextRow]) -> Iterator[str]:
-    labels = Labels()
-    try:
-        for row in rows:
-            labels.add(row)
-        labels.classes()
-    except DataError as error:
-        yield str(error)
+def _digests(joined: bytearray) -> np.ndarray:
+    return np.frombuffer(bytes(joined), np.uint64).reshape(-1, 2)

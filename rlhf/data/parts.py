@@ -11,10 +11,10 @@ from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, Pr
 from rlhf.data.sequences import TokenSequence
 from rlhf.data.tokenize import (
     conversation_sequence,
-    labelled_sequences,
+    labelled_sequence,
     preference_sequence,
+    prompt_sequence,
     text_sequence,
-    tokenize_prompts,
 )
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ def parts(item: Any, tokenizer: ChatTokenizer) -> Iterator[tuple[str, TokenSeque
         case Conversation():
             yield "conversation", conversation_sequence(item, tokenizer, sys.maxsize)
         case PromptRow():
-            tokens = tokenize_prompts([item], tokenizer, sys.maxsize)[0].tokens
-            yield "prompt", TokenSequence(tokens, (False,) * len(tokens))
+            yield "prompt", prompt_sequence(item, tokenizer, sys.maxsize)
         case PreferenceRow():
             pair = preference_sequence(item, tokenizer, sys.maxsize)
             yield "prompt + chosen", pair.chosen
             yield "prompt + rejected", pair.rejected
         case LabelledRow():
-            yield _labelled(item), labelled_sequences([item], tokenizer, sys.maxsize)[0].sequence
+            yield _labelled(item), labelled_sequence(item, tokenizer, sys.maxsize)
         case TextRow():
             yield "text", text_sequence(item, tokenizer, sys.maxsize)
 

@@ -6,7 +6,7 @@ Rows are made one at a time, as they are asked for: `each_...` never holds more 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from rlhf.errors import DataError
 from rlhf.recipe.base import Format, HubData, PathData
 
 log = logging.getLogger("rlhf")
+Say = Callable[[str], None]
+"""Takes what there is to say about a whole source once it has been read: the rows that were skipped, the ties."""
+
 BY_FORMAT: dict[Format, Purpose] = {
     "messages": "conversations",
     "prompt_completion": "conversations",
@@ -32,42 +35,55 @@ BY_FORMAT: dict[Format, Purpose] = {
 
 
 @dataclass(frozen=True)
-class Survey:
-    """All rows of a source, and what is wrong with the others; `format` and `columns` are of its first good record.
+class Read:
+    """What became of a record: a row, with its adapter's name and its columns, or an error.
 
     Of preferences a row is the tuple of a record's pairs, of labelled answers the tuple of its answers.
     """
 
-    format: str
-    columns: tuple[str, ...]
-    rows: list[Any]
-    bad: list[DataError]
+    row: Any = None
+    format: str = ""
+    columns: tuple[str, ...] = ()
+    error: DataError | None = None
 
 
-def each_conversation(source: PathData | HubData) -> Iterator[Conversation]:
+def each_conversation(source: PathData | HubData, say: Say = log.warning) -> Iterator[Conversation]:
     """Yield chats to imitate: `messages`, ShareGPT, prompt + completion or Alpaca.
 
     With `format: auto` the columns of the first good row decide. Raises DataError at the first bad row beyond
     `max_bad_rows`.
     """
-    return _rows(source, "conversations")
+    return _rows(source, "conversations", say)
 
 
-def each_preference(source: PathData | HubData) -> Iterator[tuple[PreferenceRow, ...]]:
+def each_preference(source: PathData | HubData, say: Say = log.warning) -> Iterator[tuple[PreferenceRow, ...]]:
     """Yield the pairs of each row, none of a tie; errors as in `each_conversation`, and DataError without any pair."""
     rows = pairs = ties = 0
-    for row in _rows(source, "preferences"):
+    for row in _rows(source, "preferences", say):
         rows, pairs, ties = rows + 1, pairs + len(row), ties + (not row)
         yield row
     if not pairs:
         raise DataError(f"{source_name(source)}: no pairs, as each of the {rows} rows is a tie")
     if ties:
-        log.warning("%s: %d of %d rows are ties and make no pair", source_name(source), ties, rows)
+        say(f"{source_name(source)}: {ties} of {rows} rows are ties and make no pair")
 
 
-def each_text(source: PathData | HubData) -> Iterator[TextRow]:
+def each_text(source: PathData | HubData, say: Say = log.warning) -> Iterator[TextRow]:
     """Yield texts with their labels; errors as in `each_conversation`."""
-    return _rows(source, "classes")
+    return _rows(source, "classes", say)
+
+
+def each_labelled(source: PathData | HubData, say: Say = log.warning) -> Iterator[tuple[LabelledRow, ...]]:
+    """Yield answers with a label (prompt + completion + label), or pairs: each row's answers, those of a pair together.
+
+    Detection and errors as in `each_conversation`.
+    """
+    return _rows(source, "labelled", say)
+
+
+def each_prompt(source: PathData | HubData, say: Say = log.warning) -> Iterator[PromptRow]:
+    """Yield prompts to answer; errors as in `each_conversation`."""
+    return _rows(source, "prompts", say)
 
 
 def read_conversations(source: PathData | HubData) -> list[Conversation]:
@@ -75,9 +91,11 @@ def read_conversations(source: PathData | HubData) -> list[Conversation]:
     return list(each_conversation(source))
 
 
-def read_prompts(source: PathData | HubData) -> list[PromptRow]:
-    """Read prompts to answer; errors as in `each_conversation`."""
-    return list(_rows(source, "prompts"))
+def read_prompts(source: PathData | HubData) -> Sequence[PromptRow]:
+    """Read prompts to answer; they lie on disk and are made when they are asked for. Errors as in `each_prompt`."""
+    from rlhf.data.prompts import prompt_rows
+
+    return prompt_rows(source)
 
 
 def read_preferences(source: PathData | HubData) -> list[PreferenceRow]:
@@ -86,30 +104,21 @@ def read_preferences(source: PathData | HubData) -> list[PreferenceRow]:
 
 
 def read_labelled(source: PathData | HubData) -> list[tuple[LabelledRow, ...]]:
-    """Read answers with a label (prompt + completion + label), or pairs: each row's answers, those of a pair together.
-
-    Detection and errors as in `each_conversation`.
-    """
-    return list(_rows(source, "labelled"))
+    """Return what `each_labelled` yields."""
+    return list(each_labelled(source))
 
 
-def survey(source: PathData | HubData, purpose: Purpose) -> Survey:
-    """Read as for training, but collect every error; damage that hides where rows start ends the reading."""
-    seen: tuple[str, tuple[str, ...]] | None = None
-    rows: list[Any] = []
-    bad: list[DataError] = []
+def survey(source: PathData | HubData, purpose: Purpose) -> Iterator[Read]:
+    """Read as for training, but yield every error; damage that hides where rows start ends the reading."""
+    rows = 0
     try:
         for item in _adapted(source, purpose):
-            if item.error is not None:
-                bad.append(item.error)
-                continue
-            seen = seen or (item.format, item.columns)
-            rows.append(item.row)
-            if len(rows) == source.limit:
+            yield item
+            rows += item.error is None
+            if rows == source.limit:
                 break
     except DataError as error:
-        bad.append(error)
-    return Survey(*(seen or ("unknown", ())), rows, bad)
+        yield Read(error=error)
 
 
 def purpose_of(source: PathData | HubData) -> Purpose:
@@ -127,17 +136,7 @@ def purpose_of(source: PathData | HubData) -> Purpose:
     raise damage or DataError(f"{source_name(source)}: no rows")
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What became of a record: a row, with its adapter's name and its columns, or an error."""
-
-    row: Any = None
-    format: str = ""
-    columns: tuple[str, ...] = ()
-    error: DataError | None = None
-
-
-def _rows(source: PathData | HubData, purpose: Purpose) -> Iterator[Any]:
+def _rows(source: PathData | HubData, purpose: Purpose, say: Say) -> Iterator[Any]:
     """Yield the rows up to the limit; skip few bad ones."""
     rows = bad = 0
     first: DataError | None = None
@@ -154,10 +153,10 @@ def _rows(source: PathData | HubData, purpose: Purpose) -> Iterator[Any]:
     if not rows:
         raise DataError(f"{source_name(source)}: no rows" + (f" but bad ones, the first: {first}" if bad else ""))
     if bad:
-        log.warning("%s: skipped %d bad rows, read %d; the first: %s", source_name(source), bad, rows, first)
+        say(f"{source_name(source)}: skipped {bad} bad rows, read {rows}; the first: {first}")
 
 
-def _adapted(source: PathData | HubData, purpose: Purpose) -> Iterator[_Read]:
+def _adapted(source: PathData | HubData, purpose: Purpose) -> Iterator[Read]:
     """Yield what becomes of every record; the first one that makes a row decides the layout of all."""
     fitting = layouts(source, purpose)
     settled: Layout[Any] | None = None
@@ -166,18 +165,18 @@ def _adapted(source: PathData | HubData, purpose: Purpose) -> Iterator[_Read]:
         try:
             record = _renamed(item, source.columns)
         except DataError as error:
-            yield _Read(error=error)
+            yield Read(error=error)
             continue
         try:
             layout = layout or chosen_layout(record, fitting)
             row = layout.adapt(record)
         except MissingColumn as error:
-            yield _Read(error=DataError(f"{error}{advice(record, purpose, layout, settled is not None)}"))
+            yield Read(error=DataError(f"{error}{advice(record, purpose, layout, settled is not None)}"))
         except DataError as error:
-            yield _Read(error=error)
+            yield Read(error=error)
         else:
             settled = layout
-            yield _Read(row, layout.adapt.__name__, tuple(record.values))
+            yield Read(row, layout.adapt.__name__, tuple(record.values))
 
 
 def _too_many(error: DataError, allowed: int) -> DataError:

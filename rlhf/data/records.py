@@ -10,11 +10,15 @@ import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data.strict_json import array_items, parse_object
+from rlhf.data.json_array import array_items
+from rlhf.data.strict_json import parse_object
 from rlhf.errors import DataError
 from rlhf.recipe.base import HubData, PathData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Record:
 
 Records = Iterator[Record | DataError]
 
-READ_ROWS, READ_BYTES = 64, 1 << 20
-"""Of a parquet file, what is read at once: rows, and bytes of a column."""
+READ_ROWS, READ_BYTES, PIECE = 64, 1 << 20, 1 << 16
+"""Of a parquet file, what is read at once: rows, and bytes of a column; of a JSON array, bytes."""
 
 
 def read_records(source: PathData | HubData) -> Records:
@@ -58,10 +62,7 @@ def _jsonl(path: Path) -> Records:
 
 
 def _json(path: Path) -> Records:
-    text = "".join(_text_lines(path))
-    if not text.strip():
-        return
-    for number, item in array_items(text, str(path)):
+    for number, item in array_items(_text_pieces(path), str(path)):
         try:
             yield Record(f"{path}:{number}", number, parse_object(item, f"{path}:{number}"))
         except DataError as error:
@@ -108,14 +109,18 @@ def _parquet(path: Path) -> Records:
         raise DataError(f"{path}: not readable as parquet: {error}") from error
 
 
-def _hub(source: HubData) -> Records:
+def hub_table(source: HubData) -> Dataset:
+    """Load a dataset, which the library maps into memory; DataError where it cannot."""
     import datasets
 
     try:
-        table = datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
+        return datasets.load_dataset(source.hub, split=source.split, revision=source.revision)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise DataError(f"{source.hub}[{source.split}]: cannot be loaded: {error}") from error
-    for number, row in enumerate(table, start=1):
+
+
+def _hub(source: HubData) -> Records:
+    for number, row in enumerate(hub_table(source), start=1):
         yield Record(f"{source.hub}[{source.split}]:{number}", number, row)
 
 
@@ -123,6 +128,28 @@ def _text_lines(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             yield _decode(line, f"{path}:{number}")
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    """Yield the text in pieces that are no lines: a whole file may be one line."""
+    number, column, pending = 1, 1, b""
+    with path.open("rb") as file:
+        while (piece := file.read(PIECE)) or pending:
+            data = pending + piece
+            try:
+                text, pending = data.decode("utf-8"), b""
+            except UnicodeDecodeError as error:
+                before = data[: error.start]
+                if not piece or error.reason != "unexpected end of data":
+                    lines = before.count(b"\n")
+                    column = error.start - before.rfind(b"\n") if lines else column + error.start
+                    where = f"{path}:{number + lines}"
+                    raise DataError(f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at column {column})") from error
+                text, pending, data = before.decode("utf-8"), data[error.start :], before
+            yield text.removeprefix("\ufeff") if number == column == 1 else text
+            lines = data.count(b"\n")
+            number += lines
+            column = len(data) - data.rfind(b"\n") if lines else column + len(data)
 
 
 def _decode(line: bytes, where: str) -> str:

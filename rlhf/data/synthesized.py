@@ -9,8 +9,6 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from rlhf.data.lines import each_line
-from rlhf.data.reading import read_conversations
-from rlhf.data.rows import Conversation
 from rlhf.recipe.base import PathData
 
 CHATS, REJECTED = "data.jsonl", "rejected.jsonl"
@@ -76,6 +74,6 @@ def read_synthesized(folder: Path) -> tuple[list[Chat], list[Rejected]]:
     return list(each_chat(folder)), list(each_rejected(folder))
 
 
-def synthesized_conversations(folder: Path) -> list[Conversation]:
-    """Return the chats as rows to imitate."""
-    return read_conversations(PathData(path=folder / CHATS, format="messages"))
+def synthesized_source(folder: Path) -> PathData:
+    """Return the chats as a source of rows to imitate."""
+    return PathData(path=folder / CHATS, format="messages")

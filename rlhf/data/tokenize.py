@@ -41,26 +41,31 @@ def text_sequence(row: TextRow, tokenizer: ChatTokenizer, max_length: int) -> To
     return TokenSequence(tuple(tokens), (False,) * len(tokens))
 
 
-def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_prompt_tokens: int) -> list[Prompt]:
-    """Tokenise prompts up to where the assistant speaks; DataError on an over-long prompt or an id used twice."""
-    places: dict[str, str] = {}
-    prompts = []
-    for row in rows:
-        if row.id in places:
-            raise DataError(f"{row.where}: prompt id '{row.id}' is taken already, by {places[row.id]}")
-        places[row.id] = row.where
-        with _place(row.where):
-            tokens = tokenizer.prompt_ids(row.messages)
-            _check_length("prompt", len(tokens), max_prompt_tokens, "max_prompt_tokens")
-        prompts.append(Prompt(row.id, tuple(tokens), row.text, row.metadata))
-    return prompts
+def prompt_sequence(row: PromptRow, tokenizer: ChatTokenizer, max_prompt_tokens: int) -> TokenSequence:
+    """Tokenise a prompt up to where the assistant speaks, nothing marked; DataError on an over-long one."""
+    with _place(row.where):
+        tokens = tokenizer.prompt_ids(row.messages)
+        _check_length("prompt", len(tokens), max_prompt_tokens, "max_prompt_tokens")
+    return TokenSequence(tuple(tokens), (False,) * len(tokens))
+
+
+def tokenize_prompts(rows: Sequence[PromptRow], tokenizer: ChatTokenizer, max_prompt_tokens: int) -> Sequence[Prompt]:
+    """Tokenise prompts, which lie on disk and are made when they are asked for.
+
+    DataError on an over-long prompt or an id used twice.
+    """
+    from rlhf.data.prompts import tokenized_prompts
+
+    return tokenized_prompts(rows, tokenizer, max_prompt_tokens)
 
 
 def preference_sequence(row: PreferenceRow, tokenizer: ChatTokenizer, max_length: int) -> TokenPair:
     """Tokenise a pair, each answer ending with end-of-sequence; DataError on a side over `max_length` tokens."""
     with _place(row.where):
-        chosen = _answered("chosen", row.prompt, row.chosen, tokenizer, max_length)
-        rejected = _answered("rejected", row.prompt, row.rejected, tokenizer, max_length)
+        prompt, answers = tokenizer.completion_pair_ids(row.prompt, [row.chosen, row.rejected])
+        chosen, rejected = (
+            _answered(name, prompt, ids, max_length) for name, ids in zip(("chosen", "rejected"), answers, strict=True)
+        )
     return TokenPair(chosen, rejected, row.margin)
 
 
@@ -69,24 +74,22 @@ def preference_sequences(rows: Iterable[PreferenceRow], tokenizer: ChatTokenizer
     return [preference_sequence(row, tokenizer, max_length) for row in rows]
 
 
+def labelled_sequence(row: LabelledRow, tokenizer: ChatTokenizer, max_length: int) -> TokenSequence:
+    """Tokenise a labelled answer, ending with end-of-sequence; DataError on one over `max_length` tokens."""
+    with _place(row.where):
+        return _answered("completion", *tokenizer.completion_ids(row.prompt, row.completion), max_length)
+
+
 def labelled_sequences(
     rows: Sequence[LabelledRow], tokenizer: ChatTokenizer, max_length: int
 ) -> list[LabelledSequence]:
-    """Tokenise labelled answers, each ending with end-of-sequence; DataError on one over `max_length` tokens."""
-    sequences = []
-    for row in rows:
-        with _place(row.where):
-            sequence = _answered("completion", row.prompt, row.completion, tokenizer, max_length)
-        sequences.append(LabelledSequence(sequence, row.desirable))
-    return sequences
+    """Tokenise labelled answers as `labelled_sequence` does."""
+    return [LabelledSequence(labelled_sequence(row, tokenizer, max_length), row.desirable) for row in rows]
 
 
-def _answered(
-    name: str, prompt: Sequence[Message], response: str, tokenizer: ChatTokenizer, max_length: int
-) -> TokenSequence:
-    prompt_ids, response_ids = tokenizer.completion_ids(prompt, response)
-    _check_length(f"prompt + {name}", len(prompt_ids) + len(response_ids), max_length, "max_length")
-    return answered(tuple(prompt_ids), tuple(response_ids))
+def _answered(name: str, prompt: Sequence[int], response: Sequence[int], max_length: int) -> TokenSequence:
+    _check_length(f"prompt + {name}", len(prompt) + len(response), max_length, "max_length")
+    return answered(tuple(prompt), tuple(response))
 
 
 @contextmanager

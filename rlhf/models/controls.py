@@ -89,6 +89,8 @@ class Controls:
         """
         with _encoding():
             if self._mask not in text:
+                if self.hf.is_fast and self._is_bare:
+                    return self._backend.encode(text, add_special_tokens=around).ids
                 ids: list[int] = self.hf(text, add_special_tokens=around)["input_ids"]
                 return ids
             named = self._replaced(text, self._name, ())
@@ -131,6 +133,13 @@ class Controls:
     def _backend(self) -> Tokenizer:
         backend: Tokenizer = self.hf.backend_tokenizer
         return backend
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether the backend by itself gives the ids that the tokenizer around it does, in half the time."""
+        backend = self._backend
+        cut = backend.truncation is not None or backend.padding is not None
+        return not cut and backend.encode_special_tokens == bool(self.hf.split_special_tokens)
 
     @cached_property
     def _literal(self) -> Tokenizer:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from rlhf.errors import DataError, RecipeError
 from rlhf.models.controls import Controls
 from rlhf.models.folder import loading
+from rlhf.models.pieces import Pieces, Prefix
 from rlhf.models.rendering import Message, render
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -51,7 +52,7 @@ class ChatTokenizer:
     def completion_ids(self, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
         """Return the prompt's ids and those of a finished response to it, end-of-sequence token included."""
         pieces = [self._render(messages, generation_prompt=True), self.controls.masked(response, "assistant")]
-        prompt, completion = self._encode_pieces(pieces)
+        prompt, completion = self.pieces.of(pieces)
         return prompt, [*completion, self.eos_ids[0]]
 
     def conversation_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -64,7 +65,7 @@ class ChatTokenizer:
         texts, spoken = zip(*self._turns(messages), strict=True)
         ids: list[int] = []
         mask: list[bool] = []
-        for piece, assistant in zip(self._encode_pieces(texts), spoken, strict=True):
+        for piece, assistant in zip(self.pieces.of(texts), spoken, strict=True):
             ids += piece
             mask += [assistant] * len(piece)
         return ids, mask
@@ -124,20 +125,23 @@ class ChatTokenizer:
             )
         return end
 
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Encode pieces of one text as a model meets them: the ids of a piece never depend on a later piece.
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Encodes texts that grow."""
+        return Pieces(self.hf, self.controls.encode)
 
-        They are those of the whole text, unless a token would cross from one piece to the next.
-        """
-        encoded: list[list[int]] = []
-        text = ""
-        ids: list[int] = []
-        for piece in pieces:
-            text += piece
-            whole = self.controls.encode(text)
-            encoded.append(whole[len(ids) :] if whole[: len(ids)] == ids else self.controls.encode(piece))
-            ids = ids + encoded[-1]
-        return encoded
+    def completion_pair_ids(
+        self, messages: Sequence[Message], responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return what `completion_ids` does of each of several responses to one prompt, which is encoded once."""
+        prompt, prefix = self.pieces.follow(Prefix(), self._render(messages, generation_prompt=True))
+        said = [self.controls.masked(response, "assistant") for response in responses]
+        return prompt, [[*self.pieces.follow(prefix, text)[0], self.eos_ids[0]] for text in said]
+
+    def identity(self) -> str:
+        """Return a hash of all that bears on ids: the tokenizer's algorithm too, beside vocabulary and template."""
+        model = self.hf.backend_tokenizer.to_str() if self.hf.is_fast else repr(self.hf)
+        return hashlib.sha256(f"{self.fingerprint()}\n{type(self.hf).__name__}\n{model}".encode()).hexdigest()
 
 
 def load_tokenizer(folder: Path) -> ChatTokenizer:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
 SHOWN, LABELS = 5, 20
+SAID_EVERY = 1000
 EXAMPLE_CHARACTERS = 1500
 
 
@@ -36,10 +38,13 @@ def inspect_and_print(path: Path, model: str | None, kind: str, as_json: bool) -
         from rlhf.recipe.load import load_recipe
 
         recipe = load_recipe(path).recipe
-        made = inspect_recipe(recipe, _tokenizer(ModelSource(path=model) if model else recipe.model))
+        tokenizer = _tokenizer(ModelSource(path=model) if model else recipe.model)
+        with _counting() as progress:
+            made = inspect_recipe(recipe, tokenizer, progress)
     else:
-        made = [inspect_file(_file(path, kind), _tokenizer(ModelSource(path=model)) if model else None)]
-        recipe = None
+        source, recipe = _file(path, kind), None
+        with _counting() as progress:
+            made = [inspect_file(source, _tokenizer(ModelSource(path=model)) if model else None, progress)]
     if as_json:
         echo(json.dumps([asdict(one) for one in made], indent=2, default=lambda source: source.model_dump(mode="json")))
     else:
@@ -50,6 +55,22 @@ def inspect_and_print(path: Path, model: str | None, kind: str, as_json: bool) -
         raise DataError(refusals[0] + (f" (and {len(refusals) - 1} more)" if refusals[1:] else ""))
     if recipe:
         check_disjoint(recipe)
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many rows have been read, and nothing elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("reading") as status:
+
+        def progress(rows: int) -> None:
+            if not rows % SAID_EVERY:
+                status.update(f"reading: {rows:,} rows")
+
+        yield progress
 
 
 def _file(path: Path, kind: str) -> PathData:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from rlhf.data.classes import ClassSequence, Labels, collate_classes, split_classes
+from rlhf.data.classes import ClassSequence, collate_classes, in_order, split_classes
 from rlhf.data.lazy import Lazy
-from rlhf.data.reading import each_text
 from rlhf.data.recognise import source_name
-from rlhf.data.sequences import TokenSequence
-from rlhf.data.store import stored
-from rlhf.data.tokenize import text_sequence
+from rlhf.data.tokenized import Encoder, tokenized_texts
 from rlhf.engines.objectives import Classify, Confusion
 from rlhf.errors import DataError
 from rlhf.models.tokenizer import ChatTokenizer
@@ -62,26 +58,22 @@ def run(stage: ClassifyStage, context: StageContext) -> Summary:
 
 def load_texts(stage: ClassifyStage, context: StageContext, tokenizer: ChatTokenizer) -> TextSplit:
     """Read the texts, find out which classes there are, and hold out a share of each."""
-    labels, digests = Labels(), []
-
-    def sequences() -> Iterator[TokenSequence]:
-        for row in each_text(stage.data):
-            labels.add(row)
-            digests.append(hashlib.blake2b(row.text.encode(), digest_size=16).digest())
-            yield text_sequence(row, tokenizer, stage.max_length)
-
-    tokens = stored(sequences())
-    classes = labels.classes()
+    rows = tokenized_texts(stage.data, Encoder(tokenizer, stage.max_length, context.tracker.say))
+    written, given = rows.numbered("label")
+    labels: list[str | int] = [json.loads(text) for text in written]
     try:
-        train, heldout = split_classes(labels.given, digests, stage.heldout_fraction, context.seed("split"))
+        train, heldout = split_classes(
+            labels, given, rows.digests("text"), stage.heldout_fraction, context.seed("split")
+        )
     except ValueError as error:
         raise DataError(
             f"{source_name(stage.data)}: label {error}, and none would be left to train on; add texts, leave the label"
             f" out, or change stages.{stage.name}.heldout_fraction"
         ) from error
-    numbers = {label: number for number, label in enumerate(classes)}
-    rows = Lazy(lambda i: ClassSequence(tokens[i], numbers[labels.given[i]]), len(tokens))
-    return TextSplit(tuple(map(str, classes)), Picked(rows, train), Picked(rows, heldout))
+    classes = in_order(labels)
+    numbers = [classes.index(label) for label in labels]
+    texts = Lazy(lambda i: ClassSequence(rows[i], numbers[int(given[i])]), len(rows))
+    return TextSplit(tuple(map(str, classes)), Picked(texts, train), Picked(texts, heldout))
 
 
 def _evaluation(model: Learner, split: TextSplit, pad_id: int) -> Evaluation:

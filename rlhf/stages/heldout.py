@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from rlhf import checkpoint
 from rlhf.data.sequences import TokenSequence
+from rlhf.data.splits import by_count, digest_array
 from rlhf.engines.base import Objective
 from rlhf.errors import DataError, TrainingError
 from rlhf.recipe.schedule import FEWEST_ROWS, sft_heldout
@@ -65,19 +66,13 @@ def split_sequences(
             f"has {len(rows)} rows, fewer than {FEWEST_ROWS}: none are held out, nothing is evaluated on the way,"
             " and the last model is the one that stays"
         )
-    alike: dict[bytes, list[int]] = {}
-    for number in range(len(rows) if wanted else 0):
-        alike.setdefault(_digest(rows[number]), []).append(number)
-    groups = list(alike.values())
-    random.Random(context.seed("split")).shuffle(groups)
-    heldout: list[int] = []
-    for group in groups:
-        if len(heldout) + len(group) <= wanted:
-            heldout += group
-    if len(heldout) == len(rows):
+    if not wanted:
+        return rows, ()
+    digests = digest_array(map(_digest, rows))
+    train, heldout = by_count(digests, wanted, random.Random(context.seed("split")))
+    if not train:
         raise DataError(f"all {len(rows)} rows are held out; lower stages.{stage.name}.heldout_fraction")
-    apart = set(heldout)
-    return Picked(rows, [number for number in range(len(rows)) if number not in apart]), Picked(rows, sorted(heldout))
+    return Picked(rows, train), Picked(rows, heldout)
 
 
 def _digest(row: TokenSequence) -> bytes:

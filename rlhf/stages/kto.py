@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from rlhf.data.collate import collate_labelled
+from rlhf.data.lazy import Lazy
 from rlhf.data.sequences import LabelledSequence, TokenSequence, answered
+from rlhf.data.splits import digest_array, group_numbers
 from rlhf.engines.preference_objectives import Kto
 from rlhf.errors import DataError
 from rlhf.recipe.preference_schema import KtoStage
@@ -43,13 +48,12 @@ def run(stage: KtoStage, context: StageContext) -> Summary:
     split = load_examples(stage, context, tokenizer)
     spec = context.trained("policy", "causal", stage.policy, stage.optimizer, stage.tuning)
     policy = context.launcher.policy(spec)
-    prompts = [_split(row.sequence)[0] for row in split.train]
+    prompts = Lazy(lambda i: _split(split.train[i].sequence)[0], len(split.train))
     sides = [(rows, mismatches(rows, prompts, stage.max_length)) for rows in (split.train, split.heldout)]
-    groups = [sequences for rows, others in sides for sequences in ([row.sequence for row in rows], others)]
+    groups = [sequences for rows, others in sides for sequences in (_sequences(rows), others)]
     sums = reference_sums(policy, spec, groups, tokenizer.pad_id, context)
     train, heldout = (
-        [Example(*parts) for parts in zip(*side, own, mixed, strict=True)]
-        for side, own, mixed in zip(sides, sums[::2], sums[1::2], strict=True)
+        _examples(*side, own, mixed) for side, own, mixed in zip(sides, sums[::2], sums[1::2], strict=True)
     )
     batch = partial(labelled_batch, policy, pad_id=tokenizer.pad_id)
     objective = Kto(stage.beta, stage.desirable_weight, stage.undesirable_weight)
@@ -64,22 +68,46 @@ def run(stage: KtoStage, context: StageContext) -> Summary:
 
 def mismatches(
     rows: Sequence[LabelledSequence], prompts: Sequence[tuple[int, ...]], max_length: int
-) -> list[TokenSequence]:
+) -> Sequence[TokenSequence]:
     """Return the response of each row i after prompt i + 1, or the next one (in a circle) that is not the row's own.
 
     A prompt loses its beginning where the sequence would be longer than `max_length` and the longest row. Raises
     DataError when there is no other prompt.
     """
     longest = max([max_length, *(len(row.sequence.tokens) for row in rows)])
-    found = []
-    for index, row in enumerate(rows):
-        own, response = _split(row.sequence)
-        circle = (prompts[(index + step) % len(prompts)] for step in range(1, len(prompts) + 1))
-        other = next((prompt for prompt in circle if prompt != own), None)
-        if other is None:
-            raise DataError("all rows have the same prompt; KTO's reference point takes responses to other prompts")
-        found.append(answered(other[-(longest - len(response)) :], response))
-    return found
+    following = _following(prompts)
+    if following is None and any(_split(row.sequence)[0] == prompts[0] for row in rows):
+        raise DataError("all rows have the same prompt; KTO's reference point takes responses to other prompts")
+
+    def mismatch(index: int) -> TokenSequence:
+        own, response = _split(rows[index].sequence)
+        place = (index + 1) % len(prompts)
+        other = prompts[place]
+        if other == own and following is not None:
+            other = prompts[int(following[place])]
+        return answered(other[-(longest - len(response)) :], response)
+
+    return Lazy(mismatch, len(rows))
+
+
+def _following(prompts: Sequence[tuple[int, ...]]) -> np.ndarray | None:
+    """Return where, after each place in the circle, the next prompt is that differs; None where all are the same."""
+    alike = group_numbers(digest_array(map(_digest, prompts)))
+    changes = np.flatnonzero(alike != np.roll(alike, -1)) + 1
+    if not len(changes):
+        return None
+    after = np.searchsorted(changes, np.arange(len(alike)), "right")
+    return np.append(changes, changes[0] + len(alike))[after] % len(alike)
+
+
+def _sequences(rows: Sequence[LabelledSequence]) -> Sequence[TokenSequence]:
+    return Lazy(lambda i: rows[i].sequence, len(rows))
+
+
+def _examples(
+    rows: Sequence[LabelledSequence], others: Sequence[TokenSequence], own: Sequence[float], mixed: Sequence[float]
+) -> Sequence[Example]:
+    return Lazy(lambda i: Example(rows[i], others[i], own[i], mixed[i]), len(rows))
 
 
 def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> LabelledBatch:
@@ -100,7 +128,7 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
 
 def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
     """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio."""
-    own = response_sums(policy, [row.labelled.sequence for row in rows], pad_id)
+    own = response_sums(policy, Lazy(lambda i: rows[i].labelled.sequence, len(rows)), pad_id)
     ratios = torch.tensor(own) - torch.tensor([row.ref_logprob for row in rows])
     return float((ratios[::2] > ratios[1::2]).float().mean())
 
@@ -109,3 +137,7 @@ def _split(sequence: TokenSequence) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the prompt and the response."""
     start = sequence.response_mask.index(True)
     return sequence.tokens[:start], sequence.tokens[start:]
+
+
+def _digest(prompt: tuple[int, ...]) -> bytes:
+    return hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).digest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def take(drawing: Drawing, roles: Roles, prompts: Sequence[Prompt], stage: Onlin
     if isinstance(stage, PolicyGradientStage) and stage.redraws:
         taken = set(_rows(prompts, step, stage, context))
         order = permutation(len(prompts), context.seed("redraws"), step)
-        spare = [prompts[row] for row in order if row not in taken]
+        spare = (prompts[row] for row in order if row not in taken)
         return _with_spread(roles, rollouts, spare, step, stage, context)
     behind = sum(step - rollout.policy_version for rollout in rollouts)
     metrics = Metrics.of(len(rollouts), staleness=behind) if lag else Metrics()
@@ -98,7 +99,7 @@ def take(drawing: Drawing, roles: Roles, prompts: Sequence[Prompt], stage: Onlin
 def _with_spread(
     roles: Roles,
     drawn: list[Rollout],
-    spare: list[Prompt],
+    spare: Iterator[Prompt],
     step: int,
     stage: PolicyGradientStage,
     context: StageContext,
@@ -113,7 +114,7 @@ def _with_spread(
     first = len(drawn) // stage.samples_per_prompt
     for _ in range(stage.redraws):
         missing = stage.prompts_per_step - int((~_flat(scores, stage)).sum())
-        more, spare = spare[:missing], spare[missing:]
+        more = list(islice(spare, missing))
         if not more:
             break
         rollouts = _ask(roles, more, step, stage, context).take(context, staleness(stage))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.data.lazy import Lazy
 from rlhf.data.pairs import Pair, lazy_pairs, pair_sequences
-from rlhf.data.reading import each_preference, read_labelled
-from rlhf.data.rows import Message
-from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence
-from rlhf.data.store import stored
-from rlhf.data.tokenize import labelled_sequences, preference_sequence
+from rlhf.data.sequences import LabelledSequence, TokenPair
+from rlhf.data.splits import Digests, by_group
+from rlhf.data.tokenized import Encoder, tokenized_answers, tokenized_pairs
 from rlhf.errors import DataError
 from rlhf.models.tokenizer import ChatTokenizer
-from rlhf.recipe.base import HubData, PathData, StageData
+from rlhf.recipe.base import StageData
 from rlhf.recipe.preference_schema import AnyPairStage, KtoStage
 from rlhf.recipe.stage_schema import RewardStage
 from rlhf.stages.context import StageContext
@@ -37,8 +34,8 @@ class PairSplit:
 class ExampleSplit:
     """Labelled responses to train on and some held out; `paired` ones are the chosen and rejected of pairs in turn."""
 
-    train: list[LabelledSequence]
-    heldout: list[LabelledSequence]
+    train: Sequence[LabelledSequence]
+    heldout: Sequence[LabelledSequence]
     paired: bool
 
 
@@ -47,8 +44,10 @@ def load_pairs(stage: RewardStage | AnyPairStage, context: StageContext, tokeniz
     if isinstance(stage.data, StageData):
         learned, judged = _annotated(stage.data, context)
         return PairSplit(pair_sequences(learned), pair_sequences(judged), judged)
-    pairs, prompts = _stored_pairs(stage.data, tokenizer, stage.max_length)
-    train, heldout = (Picked(pairs, rows) for rows in _split(prompts, "pairs", stage, context))
+    sides = tokenized_pairs(stage.data, Encoder(tokenizer, stage.max_length, context.tracker.say))
+    margins = sides.column("margin")
+    pairs = Lazy(lambda i: TokenPair(sides[2 * i], sides[2 * i + 1], float(margins[2 * i])), len(sides) // 2)
+    train, heldout = (Picked(pairs, rows) for rows in _split(sides.digests("prompt")[::2], "pairs", stage, context))
     return PairSplit(train, heldout, [])
 
 
@@ -57,13 +56,14 @@ def load_examples(stage: KtoStage, context: StageContext, tokenizer: ChatTokeniz
     if isinstance(stage.data, StageData):
         learned, judged = _annotated(stage.data, context)
         return ExampleSplit(_unpaired(pair_sequences(learned)), _unpaired(pair_sequences(judged)), True)
-    rows = read_labelled(stage.data)
-    sides = _split([_digest(answers[0].prompt) for answers in rows], "rows", stage, context)
+    tokens = tokenized_answers(stage.data, Encoder(tokenizer, stage.max_length, context.tracker.say))
+    desirable, width = tokens.column("desirable"), int(tokens.column("answers")[0])
+    answers = Lazy(lambda i: LabelledSequence(tokens[i], bool(desirable[i])), len(tokens))
+    records = _split(tokens.digests("prompt")[::width], "rows", stage, context)
     train, heldout = (
-        labelled_sequences([answer for row in side for answer in rows[row]], tokenizer, stage.max_length)
-        for side in sides
+        Picked(answers, array("q", (width * row + place for row in rows for place in range(width)))) for rows in records
     )
-    return ExampleSplit(train, heldout, len(rows[0]) == 2)
+    return ExampleSplit(train, heldout, width == 2)
 
 
 def _annotated(data: StageData, context: StageContext) -> tuple[Sequence[Pair], Sequence[Pair]]:
@@ -74,48 +74,19 @@ def _annotated(data: StageData, context: StageContext) -> tuple[Sequence[Pair], 
     return Picked(rows, learned), Picked(rows, judged)
 
 
-def _unpaired(pairs: Iterable[TokenPair]) -> list[LabelledSequence]:
-    return [
-        LabelledSequence(side, desirable)
-        for pair in pairs
-        for side, desirable in ((pair.chosen, True), (pair.rejected, False))
-    ]
+def _unpaired(pairs: Sequence[TokenPair]) -> Sequence[LabelledSequence]:
+    def answer(place: int) -> LabelledSequence:
+        pair = pairs[place // 2]
+        return LabelledSequence(pair.rejected, False) if place % 2 else LabelledSequence(pair.chosen, True)
 
-
-def _stored_pairs(
-    data: PathData | HubData, tokenizer: ChatTokenizer, max_length: int
-) -> tuple[Lazy[TokenPair], list[bytes]]:
-    """Return the pairs of a file, tokenised on disk, and what tells the prompt of each."""
-    prompts: list[bytes] = []
-    margins: list[float] = []
-
-    def sides() -> Iterator[TokenSequence]:
-        for row in each_preference(data):
-            for answers in row:
-                pair = preference_sequence(answers, tokenizer, max_length)
-                prompts.append(_digest(answers.prompt))
-                margins.append(pair.margin)
-                yield from (pair.chosen, pair.rejected)
-
-    tokens = stored(sides())
-    return Lazy(lambda i: TokenPair(tokens[2 * i], tokens[2 * i + 1], margins[i]), len(margins)), prompts
-
-
-def _digest(prompt: Sequence[Message]) -> bytes:
-    return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=16).digest()
+    return Lazy(answer, 2 * len(pairs))
 
 
 def _split(
-    prompts: Sequence[bytes], what: str, stage: RewardStage | AnyPairStage | KtoStage, context: StageContext
-) -> tuple[list[int], list[int]]:
+    prompts: Digests, what: str, stage: RewardStage | AnyPairStage | KtoStage, context: StageContext
+) -> tuple[Sequence[int], Sequence[int]]:
     """Return a file's rows to train on and those of a random share of its prompts, held out, both in its order."""
-    rows: dict[bytes, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    groups = list(rows.values())
-    random.Random(context.seed("split")).shuffle(groups)
-    cut = round(len(groups) * stage.heldout_fraction)
-    if cut == len(groups):
+    train, heldout = by_group(prompts, stage.heldout_fraction, random.Random(context.seed("split")))
+    if not train:
         raise DataError(f"all {len(prompts)} {what} are held out; lower stages.{stage.name}.heldout_fraction")
-    heldout, train = ([row for group in part for row in group] for part in (groups[:cut], groups[cut:]))
-    return sorted(train), sorted(heldout)
+    return train, heldout

@@ -7,11 +7,10 @@ from functools import partial
 
 from rlhf.data.best import best_sequences, each_best
 from rlhf.data.collate import collate
-from rlhf.data.reading import each_conversation
 from rlhf.data.sequences import TokenSequence
 from rlhf.data.store import stored
-from rlhf.data.synthesized import CHATS, synthesized_conversations
-from rlhf.data.tokenize import conversation_sequence, conversation_sequences
+from rlhf.data.synthesized import CHATS, synthesized_source
+from rlhf.data.tokenized import Encoder, tokenized_chats
 from rlhf.engines.objectives import Sft
 from rlhf.models.tokenizer import ChatTokenizer
 from rlhf.recipe.base import StageData
@@ -37,9 +36,10 @@ def run(stage: SftStage, context: StageContext) -> Summary:
 
 
 def _sequences(stage: SftStage, context: StageContext, tokenizer: ChatTokenizer) -> Sequence[TokenSequence]:
+    encoder = Encoder(tokenizer, stage.max_length, context.tracker.say)
     if isinstance(stage.data, StageData):
         folder = context.outputs[stage.data.stage]
         if (folder / CHATS).is_file():
-            return conversation_sequences(synthesized_conversations(folder), tokenizer, stage.max_length)
+            return tokenized_chats(synthesized_source(folder), encoder)
         return stored(best_sequences(each_best(folder / "best.jsonl")))
-    return stored(conversation_sequence(row, tokenizer, stage.max_length) for row in each_conversation(stage.data))
+    return tokenized_chats(stage.data, encoder)

@@ -30,6 +30,15 @@ class ByteTokenizer:
     def completion_ids(self, messages: Messages, response: str) -> tuple[list[int], list[int]]:
         return self.prompt_ids(messages), [*response.encode(), EOS]
 
+    def completion_pair_ids(self, messages: Messages, responses: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        return self.prompt_ids(messages), [self.completion_ids(messages, response)[1] for response in responses]
+
+    def spelled_controls(self, text: str, role: str = "user") -> tuple[str, ...]:
+        return ()
+
+    def identity(self) -> str:
+        return "bytes"
+
     def text_ids(self, text: str) -> list[int]:
         return [*text.encode()]
 

@@ -1,12 +1,15 @@
 """Texts with labels: which classes there are, who is held out, and the batch that comes of it."""
 
+import numpy as np
 import pytest
 import torch
 from byte_tokenizer import ByteTokenizer
 
 from rlhf.data.classes import ClassSequence, Labels, collate_classes, split_classes
+from rlhf.data.content import digest
 from rlhf.data.rows import TextRow
 from rlhf.data.sequences import TokenSequence
+from rlhf.data.splits import digest_array
 from rlhf.data.tokenize import text_sequence
 from rlhf.errors import DataError
 
@@ -38,7 +41,11 @@ def test_names_and_numbers_are_not_mixed():
 
 
 def split(given, fraction, texts=None, seed=1):
-    return split_classes(given, texts or [str(n).encode() for n in range(len(given))], fraction, seed)
+    names = list(dict.fromkeys(given))
+    numbers = np.array([names.index(label) for label in given])
+    digests = digest_array(digest(text) for text in texts or map(str, range(len(given))))
+    train, heldout = split_classes(names, numbers, digests, fraction, seed)
+    return list(train), list(heldout)
 
 
 def test_every_class_is_held_out_by_its_share():
@@ -66,7 +73,7 @@ def test_a_class_does_not_bear_on_another():
 
 def test_equal_texts_stay_on_one_side():
     given = ["a"] * 30 + ["b"] * 30
-    texts = [str(number % 15).encode() for number in range(60)]
+    texts = [str(number % 15) for number in range(60)]
     for seed in range(5):
         train, heldout = split(given, 0.2, texts, seed)
         assert len(heldout) == 12
@@ -78,7 +85,7 @@ def test_a_label_that_cannot_be_on_both_sides_is_named():
     with pytest.raises(ValueError, match="'b' has 1 different texts, of which 1 would be held out"):
         split(["a", "a", "b"], 0.1)
     with pytest.raises(ValueError, match="'a' has 1 different texts"):
-        split(["a", "a", "b", "b"], 0.1, [b"same", b"same", b"x", b"y"])
+        split(["a", "a", "b", "b"], 0.1, ["same", "same", "x", "y"])
     with pytest.raises(ValueError, match="'a' has 2 different texts, of which 2 would be held out"):
         split(["a", "a", "b", "b"], 1.0)
 

@@ -63,9 +63,11 @@ def test_a_format_is_recognised_and_may_be_named(name):
     purpose, layout, named, rows = FOUND[name]
     assert purpose_of(data(name)) == purpose_of(data(name, format=named)) == purpose
     for source in (data(name), data(name, format=named)):
-        found = survey(source, purpose)
-        assert (found.format, len(found.rows), found.bad) == (layout, rows, [])
-    assert survey(data(name), purpose).rows == survey(data(name, format=named), purpose).rows
+        found = list(survey(source, purpose))
+        assert ({item.format for item in found}, len(found)) == ({layout}, rows)
+        assert not any(item.error for item in found)
+    one, other = (survey(source, purpose) for source in (data(name), data(name, format=named)))
+    assert [item.row for item in one] == [item.row for item in other]
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -97,7 +99,7 @@ def test_no_byte_of_any_script_is_lost(name, tiny_tokenizer):
     """Reading, tokenising with bytes and with a byte-level BPE, decoding, and inspecting."""
     wanted = list(texts_of(name))
     purpose = FOUND[name][0]
-    rows = survey(data(name), purpose).rows
+    rows = [item.row for item in survey(data(name), purpose)]
     if purpose == "classes":
         assert [[row.text] for row in rows] == wanted
         sequences = [text_sequence(row, ByteTokenizer(), 1000) for row in rows]

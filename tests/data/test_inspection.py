@@ -127,9 +127,9 @@ def test_a_file_of_damage_alone_is_refused_with_the_first(tmp_path):
 
 def test_a_survey_reads_what_training_reads(tmp_path):
     source = PathData(path=RECIPES / "data" / "smoke_sft.jsonl", limit=5)
-    found = survey(source, "conversations")
-    assert found.rows == read_conversations(source)
-    assert (found.format, found.columns, found.bad) == ("openai_messages", ("messages",), [])
+    found = list(survey(source, "conversations"))
+    assert [item.row for item in found] == read_conversations(source)
+    assert {(item.format, item.columns, item.error) for item in found} == {("openai_messages", ("messages",), None)}
 
 
 def test_a_csv_that_breaks_off_still_has_its_first_rows(tmp_path):

@@ -36,7 +36,7 @@ def test_both_sides_of_a_pair_get_the_prompt_of_another():
 def test_held_out_rows_take_the_prompts_of_the_others():
     rows = [labelled([9], [20]), labelled([3], [21])]
     assert [row.tokens for row in mismatches(rows, PROMPTS[:2], 100)] == [(3, 20), (1, 2, 21)]
-    assert mismatches([], PROMPTS, 100) == []
+    assert list(mismatches([], PROMPTS, 100)) == []
 
 
 def test_a_long_prompt_loses_its_beginning_and_never_the_response():

@@ -19,7 +19,7 @@ from rlhf.recipe.schedule import schedule
 from rlhf.stages.pairs import load_examples, load_pairs
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "examples"
-CONTEXT = SimpleNamespace(seed=lambda *_: 5)
+CONTEXT = SimpleNamespace(seed=lambda *_: 5, tracker=SimpleNamespace(say=print))
 
 
 def write(path, rows):
