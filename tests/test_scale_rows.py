@@ -13,6 +13,8 @@ from tests.benchmarks._rows import Row, rows
 FEW, TIMES, MOST = 400, 4, 5
 """Memory for `TIMES` as much data is at most `MOST` times as large; were it their square, it would be 16 times."""
 
+CHECK = "def score(prompt, response, metadata):\n    return 1.0\n"
+
 
 def peak(row: Row, size: int, folder: Path) -> int:
     folder.mkdir()
@@ -33,6 +35,11 @@ def test_memory_grows_no_faster_than_the_data(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.benchmarks._comparison.CANDIDATES", 2)
     monkeypatch.setattr("tests.benchmarks._comparison.RESAMPLES", 20)
     monkeypatch.setattr("tests.benchmarks._comparison.TOKENS", 20)
+    monkeypatch.setattr("tests.benchmarks._data.MODEL", "tiny://llama")
+    monkeypatch.setattr("tests.benchmarks._making.TOKENS", 20)
+    monkeypatch.setattr("tests.benchmarks._making.CHECK", CHECK)
+    monkeypatch.setattr("tests.benchmarks._making.WORKERS", 2)
+    monkeypatch.setattr("tests.benchmarks._making.MEBI", 1_024)
     row = rows()[name]
     peak(row, 100, tmp_path / "first")  # what is imported and kept on first use
     few, many = (peak(row, size, tmp_path / str(size)) for size in (FEW, TIMES * FEW))

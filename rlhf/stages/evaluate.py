@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.algorithms.logprobs import sequence_logprobs
 from rlhf.data.collate import collate, collate_pairs, collate_rollouts
-from rlhf.data.pairs import Pair, pair_sequences, read_pairs
+from rlhf.data.pairs import Pair, each_pair, pair_sequences
 from rlhf.data.rows import PromptRow
 from rlhf.data.sequences import answered
 from rlhf.errors import GuardError
@@ -86,7 +86,7 @@ def heldout_pairs(stage: CompareStage, context: StageContext) -> list[Pair]:
     """Return the held-out pairs of the annotate stage that the comparison names, or none."""
     if stage.pairs is None:
         return []
-    return [pair for pair in read_pairs(context.outputs[stage.pairs] / "pairs.jsonl") if pair.heldout]
+    return [pair for pair in each_pair(context.outputs[stage.pairs] / "pairs.jsonl") if pair.heldout]
 
 
 def add_margins(

@@ -36,7 +36,7 @@ class Row:
     prepare: Callable[[int, Path], Work]
 
 
-MODULES = ("tests.benchmarks._comparison",)
+MODULES = ("tests.benchmarks._comparison", "tests.benchmarks._data", "tests.benchmarks._making")
 """Each has `ROWS`, by name."""
 
 
