@@ -25,7 +25,7 @@ WITHOUT_RESULT = {"max_tokens_per_microbatch", "samples"}
 """Settings of a stage that do not bear on its result."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 RESULTS = {
-    "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 1,
+    "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 2,
     "dpo": 1, "robust_dpo": 1, "ipo": 1, "hinge": 1, "simpo": 1, "orpo": 1, "kto": 1,
     "ppo": 1, "grpo": 1, "dr_grpo": 1, "rloo": 1, "reinforce_pp": 1, "online_dpo": 1,
 }  # fmt: skip
