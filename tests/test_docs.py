@@ -116,7 +116,7 @@ def test_commands_in_the_tables_exist():
 
 def _check_command(words: list[str]) -> None:
     command: click.Command = main
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group) and (words or not command.invoke_without_command):
         assert words[0] in command.commands, words
         command, words = command.commands[words[0]], words[1:]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

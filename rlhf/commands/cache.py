@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,13 @@ def prune(older_than: float | None, max_size: float | None, yes: bool) -> None:
         return
     _show(default_cache(), doomed)
     if not yes:
-        if not click.get_text_stream("stdin").isatty():
+        if not sys.stdin.isatty():
             raise RecipeError("nothing is removed: this is no terminal, so give --yes to remove what is listed")
         click.confirm("remove these", abort=True)
     gone = [entry for entry in doomed if remove(entry)]
     kept = len(doomed) - len(gone)
-    used = f"; {kept} came into use meanwhile and stay" if kept else ""
-    click.echo(f"removed {len(gone)} entries, {size(sum(entry.size for entry in gone))}{used}")
+    meanwhile = f"; {kept} came into use meanwhile and stay" if kept else ""
+    click.echo(f"removed {len(gone)} entries, {size(sum(entry.size for entry in gone))}{meanwhile}")
 
 
 def _show(folder: Path, found: list[Entry]) -> None:

@@ -2,9 +2,9 @@
 
 The run trains, annotates and takes the reference's logprobs, each stage with a state after every step; every role is in
 this process. Power fails just before each flush of metrics, samples, pairs, sums, manifests, `done.json` and folders.
-(The row `saving` does the same to the files of a state one by one.) What was not flushed is then old, cut, zeros or new,
-at random (`tests.chaos._power`). The same command must go on from a state no older than the newest that had been saved,
-and end with the same model, pairs, samples and metrics.
+(The row `saving` does the same to the files of a state one by one.) What was not flushed is then old, cut, zeros or
+new, at random (`tests.chaos._power`). The same command must go on from a state no older than the newest that had been
+saved, and end with the same model, pairs, samples and metrics.
 """
 
 from __future__ import annotations
