@@ -84,7 +84,10 @@ def encode_chats(rows: Iterable[Conversation], tokenizer: ChatTokenizer, max_len
 def encode_texts(rows: Iterable[TextRow], tokenizer: ChatTokenizer, max_length: int) -> pyarrow.RecordBatch:
     """Return the sequence of each text, with the text's digest and its label as JSON."""
     texts = list(rows)
-    values = {"text": [digest(row.text) for row in texts], "label": [json.dumps(row.label) for row in texts]}
+    values: dict[str, Sequence[Any]] = {
+        "text": [digest(row.text) for row in texts],
+        "label": [json.dumps(row.label) for row in texts],
+    }
     return store.batch([text_sequence(row, tokenizer, max_length) for row in texts], TEXTS, values)
 
 
@@ -104,5 +107,3 @@ def _length(messages: Iterable[Message]) -> int:
 
 def _twice(values: Iterable[Any]) -> list[Any]:
     return [value for value in values for _ in range(2)]
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,9 +109,7 @@ def inspect_source(use: Use, tokenizer: ChatTokenizer | None, progress: Progress
     return tally.described()
 
 
-def inspect_recipe(
-    recipe: Recipe, tokenizer: ChatTokenizer | None, progress: Progress = _unseen
-) -> list[Inspection]:
+def inspect_recipe(recipe: Recipe, tokenizer: ChatTokenizer | None, progress: Progress = _unseen) -> list[Inspection]:
     """Describe every file and dataset that a recipe reads, each once per purpose and limit."""
     return [inspect_source(use, tokenizer, progress) for use in uses(recipe)]
 

@@ -22,7 +22,7 @@ def array_items(pieces: Iterator[str], file: str) -> Iterator[tuple[int, str]]:
     if text.next() != "[":
         raise DataError(f"{text.where()}: a .json file must hold an array of objects")
     text.take(1)
-    while text.skip_space() and text.next() != "]" or not text.next():
+    while (text.skip_space() and text.next() != "]") or not text.next():
         yield text.line, text.element()
         text.skip_space()
         if text.next() == ",":

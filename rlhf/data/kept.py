@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -103,7 +104,7 @@ def _folder() -> Path:
 
 
 @contextmanager
-def _partial(folder: Path, name: str) -> Iterator[tuple[Path, BinaryIO]]:
+def _partial(folder: Path, name: str) -> Iterator[tuple[Path, BufferedRandom]]:
     """Open a file under a name that tells which process writes it, and remove it unless it has got another one."""
     with failures_told(folder, REFUSED):
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def _alive(number: int) -> bool:
     return True
 
 
-def _seal(file: BinaryIO, notes: Sequence[str]) -> None:
+def _seal(file: BufferedRandom, notes: Sequence[str]) -> None:
     """Write what follows the Arrow data, and bring the whole file to the disk."""
     said = json.dumps(list(notes)).encode()
     file.write(said + len(said).to_bytes(LENGTH, "little"))

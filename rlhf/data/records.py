@@ -144,7 +144,9 @@ def _text_pieces(path: Path) -> Iterator[str]:
                     lines = before.count(b"\n")
                     column = error.start - before.rfind(b"\n") if lines else column + error.start
                     where = f"{path}:{number + lines}"
-                    raise DataError(f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at column {column})") from error
+                    raise DataError(
+                        f"{where}: not UTF-8 (byte 0x{data[error.start]:02x} at column {column})"
+                    ) from error
                 text, pending, data = before.decode("utf-8"), data[error.start :], before
             yield text.removeprefix("\ufeff") if number == column == 1 else text
             lines = data.count(b"\n")

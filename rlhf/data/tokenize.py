@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlhf.data.rows import Conversation, LabelledRow, Message, PreferenceRow, PromptRow, TextRow
+from rlhf.data.rows import Conversation, LabelledRow, PreferenceRow, PromptRow, TextRow
 from rlhf.data.sequences import LabelledSequence, TokenPair, TokenSequence, answered
 from rlhf.errors import DataError
 from rlhf.types import Prompt
