@@ -64,7 +64,7 @@ def largest(name: str) -> int | None:
 
 
 def read_json(file: Path, said: str) -> Any:
-    """Return what a JSON file of a model folder holds; RecipeError for other files, and for one too large or too deep."""
+    """Return what a JSON file of a model folder holds; RecipeError for other files, and too large or deep ones."""
     limit = largest(file.name) or MIB
     with file.open("rb") as stream:
         content = stream.read(limit + 1)
