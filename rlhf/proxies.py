@@ -36,7 +36,8 @@ def proxy_for(url: str) -> str | None:
 
     Requests to loopback and link-local addresses are direct, and so are those to names that this machine's hosts file
     gives such addresses alone (DNS is not asked: only the proxy may know other names). For all others `HTTP_PROXY`,
-    `HTTPS_PROXY` and `ALL_PROXY` hold, except for the hosts in `NO_PROXY`: suffixes of names, addresses or networks. ResourceError where the proxy cannot be used.
+    `HTTPS_PROXY` and `ALL_PROXY` hold, except for the hosts in `NO_PROXY`: suffixes of names, addresses or networks.
+    ResourceError where the proxy cannot be used.
     """
     try:
         target = httpx.URL(url)

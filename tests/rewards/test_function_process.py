@@ -108,14 +108,16 @@ def test_a_process_that_ends_is_an_error_and_never_a_zero(path, response, line, 
 
 
 def test_what_it_prints_goes_to_the_log_and_never_into_the_scores(path, caplog):
+    file, _, function = path.rpartition(":")
+    printing = Path(file).rename(Path(file).with_name("printing.py"))  # processes of other tests may print meanwhile
     with caplog.at_level(logging.INFO, logger="rlhf"):
-        reward = FunctionReward(path)
+        reward = FunctionReward(f"{printing}:{function}")
         assert reward.score_texts([PROMPT] * 3, ["a", "bb", "ccc"]) == [1.0, 2.0, 3.0]
         reward.processes[0].end()
         reward.processes[0].printing.join(20)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == ["mine.py: noise { a", "mine.py: more noisenoise { bb", "mine.py: more noisenoise { ccc",
-                    "mine.py: more noise"]  # fmt: skip
+    said = [text for text in (record.getMessage() for record in caplog.records) if text.startswith("printing.py")]
+    assert said == ["printing.py: noise { a", "printing.py: more noisenoise { bb", "printing.py: more noisenoise { ccc",
+                    "printing.py: more noise"]  # fmt: skip
 
 
 def test_the_caller_does_not_wait_until_it_asks_for_the_result(tmp_path):
