@@ -61,8 +61,8 @@ def run(
 ) -> Run:
     """Run a recipe as `rlhf run` does, and return what it left.
 
-    Stages that are done and unchanged are reused, an interrupted one goes on where it was; those named in `restart`
-    begin anew. `local` keeps every role in this process, `output` is the run folder, `quiet` prints nothing.
+    Stages that are done and unchanged are reused, an interrupted one resumes; those named in `restart` begin from
+    scratch. `local` keeps every role in this process, `output` is the run folder, `quiet` prints nothing.
 
     This process is yours: nothing here ends it. Where Ray's head is lost a ResourceError says so. Should this thread
     not come back from one of Ray's own calls within half a minute then, Ray ends the process, as it does without its
@@ -143,7 +143,7 @@ class Stages(Mapping[str, "StageResult"]):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage has left in its folder; while a changed stage is made again, what it has so far."""
+    """The files of one stage; while a changed stage is made again, those of its successor."""
 
     folder: Path
 

@@ -24,8 +24,8 @@ Outcome = Literal["running", "done", "interrupted", "failed"]
 class RunRecord:
     """The last process that ran a folder; times are seconds since the epoch, and `error` is why it did not finish.
 
-    `running` may be said of a process that is gone: one that was killed says nothing. `stage` is the one that was last
-    worked on and is not known to be done.
+    `running` may be said of a process that is gone: one that was killed says nothing. `stage` is the one that was
+    worked on last, "" after a run that came to its end.
     """
 
     pid: int

@@ -1,4 +1,4 @@
-"""The folder of one stage in a run: what of it is there already, where it is made, and how it takes its name."""
+"""The folder of one stage in a run: whether it is done or resumes, where it is made, and how it takes its name."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ SHOWN, MOST = 3, 12
 class StageFolder:
     """`stages/<name>` of a run, for the content that the stage has now (`rlhf.fingerprint`).
 
-    Nothing finished is deleted here: what another content, `--restart` or damage makes stale stays as it is until its
-    successor is done, and is kept then (`rlhf.stage_places`). `check` comes first and finds out what there is; then
+    Nothing finished is deleted here: a stage that another content, `--restart` or damage makes stale stays as it is
+    until its successor is done, and is kept then (`rlhf.stage_places`). `check` comes first and finds out what there is; then
     either `reuse`, or `prepare` and `finish`. A process may die anywhere in between: the next `check` completes it.
     """
 
@@ -86,7 +86,7 @@ class StageFolder:
             Damaged: it is done, and its files are not as they were.
             RecipeError: it was interrupted with other settings.
         """
-        with failures_told(self.folder.parent, f"stage {self.name} cannot be looked at"):
+        with failures_told(self.folder.parent, f"stage {self.name} cannot be checked"):
             self._complete()
             if self.restart:
                 self._keep_key()
@@ -105,11 +105,11 @@ class StageFolder:
     def reuse(self, keep_old: int, say: Callable[[str], None]) -> None:
         """Give the stage that `check` found whole its name back, where it was replaced before."""
         assert self.whole is not None
-        with failures_told(self.folder, f"stage {self.name} cannot be taken back"):
+        with failures_told(self.folder, f"stage {self.name} cannot be brought back"):
             if self.whole != self.folder:
                 self._vacate()
                 rename(self.whole, self.folder)
-                say(f"{self.name}: {self.whole.name}, made with these settings before, is taken back")
+                say(f"{self.name}: {self.whole.name}, made with these settings before, is brought back")
             self._remove_states(self.folder)
             begun = new_place(self.folder)
             if begun.is_dir() and not checkpoint.states(begun / STATES):  # of a process that saved nothing
@@ -203,7 +203,7 @@ class StageFolder:
         return None if os.path.lexists(place / DONE) else checkpoint.begun(place / STATES)
 
     def _done(self, folder: Path) -> dict[str, Any] | None:
-        """Return what a finished stage says; None where there is none, or a kept one that does not say it any more."""
+        """Return the `done.json` of a finished stage; None without one, and for a kept stage where it is damaged."""
         if not os.path.lexists(folder / DONE):
             return None
         try:
@@ -264,7 +264,7 @@ class StageFolder:
         if (fresh := kept[len(stale) :]) and self.whole != self.folder:
             size = sum(map(folder_bytes, fresh)) / MIB
             names = ", ".join(shown(folder.name) for folder in fresh)
-            say(f"{self.name}: what it was before is kept as {names} ({size:,.1f} MiB, recovery.keep_old)")
+            say(f"{self.name}: the finished stage before it is kept as {names} ({size:,.1f} MiB, recovery.keep_old)")
 
 
 def _clear(place: Path, everything: bool) -> None:

@@ -33,7 +33,7 @@ def new_place(folder: Path) -> Path:
 
 
 def place_of_work(folder: Path) -> Path:
-    """Return where the stage of `folder` is made, or goes on where it was interrupted."""
+    """Return where the stage of `folder` is made, or resumes."""
     new = new_place(folder)
     return new if new.is_dir() or os.path.lexists(folder / DONE) else folder
 
@@ -45,7 +45,7 @@ def stage_folders(run: Path) -> list[Path]:
 
 
 def kept_folders(folder: Path) -> list[Path]:
-    """Return what the stage of `folder` was before, the one that was replaced last at the end."""
+    """Return the kept folders of the stage of `folder`, the one that was replaced last at the end."""
     if not folder.parent.is_dir():
         return []
     found = [path for path in folder.parent.iterdir() if path.name.startswith(f"{folder.name}.") and path.is_dir()]
@@ -58,7 +58,7 @@ def stage_of(folder: Path) -> str:
 
 
 def set_aside(folder: Path, key: str | None) -> Path:
-    """Rename a finished stage, or what is left of one, to the name under which it is kept, and return that.
+    """Rename a finished stage to the name under which it is kept, and return that.
 
     `key` is None where its `done.json` cannot be read.
     """

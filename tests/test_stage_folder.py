@@ -93,7 +93,7 @@ def test_a_changed_stage_is_made_beside_the_finished_one_which_is_kept(tmp_path)
     changed.finish({}, COST, {}, 1, said.append)
     assert whole(tmp_path) == {0.2: "sft", 0.1: f"sft.{first[:8]}"}
     (line,) = said
-    assert f"sft: what it was before is kept as sft.{first[:8]} (0.0 MiB" in line
+    assert f"sft: the finished stage before it is kept as sft.{first[:8]} (0.0 MiB" in line
     assert [folder.name for folder in stage_folders(tmp_path)] == ["sft"]
     assert not list(tmp_path.rglob("state"))
 
@@ -103,7 +103,7 @@ def test_settings_that_come_back_bring_the_kept_stage_back(tmp_path):
     make(tmp_path, 0.2)
     said = make(tmp_path)
     assert said[-1] == "reused"
-    assert "made with these settings before, is taken back" in said[0]
+    assert "made with these settings before, is brought back" in said[0]
     assert (whole(tmp_path)[0.1], set(whole(tmp_path))) == ("sft", {0.1, 0.2})
     assert make(tmp_path) == ["reused"]
 

@@ -165,7 +165,7 @@ def _stages(plain: Mapping[str, Any]) -> list[tuple[str, str, set[str]]]:
 
 
 def _done(place: Path, sources: Mapping[str, str | None]) -> dict[str, Any] | None:
-    """Return what a finished stage says of itself; None where it is not done with the sources as they are now."""
+    """Return the `done.json` of a finished stage; None unless it was made from the sources as they are now."""
     if not os.path.lexists(place / DONE):
         return None
     done = read_done(place / DONE)

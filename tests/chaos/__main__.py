@@ -22,7 +22,7 @@ from rich.table import Table
 import tests.chaos
 from tests.chaos.row import Row, measure
 
-LONGEST = ("interrupts", "faults", "resume")
+LONGEST = ("interrupts", "faults", "resume", "run_files")
 """These begin first, so that the end does not wait for one of them."""
 
 

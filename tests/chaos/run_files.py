@@ -120,6 +120,8 @@ def ask(folder: Path, source: Path) -> list[str]:
     if found[1] in before and "is damaged" not in before[found[1]].said:
         seen.append("commands that disagree")
     again = go(folder, "--restart", found[1])
+    if again.code != 0:
+        print(again.said, file=sys.stderr)
     return [*seen, *([] if again.code == 0 else ["remedies that failed"]), *same(folder, source)]
 
 
