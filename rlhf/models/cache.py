@@ -8,9 +8,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf.patient_lock import held
-
 from rlhf.cache import default_cache, hold
+from rlhf.patient_lock import held
 
 __all__ = ["build_once", "default_cache", "file_digest", "held_model"]
 
