@@ -53,8 +53,9 @@ class StageFolder:
     """`stages/<name>` of a run, for the content that the stage has now (`rlhf.fingerprint`).
 
     Nothing finished is deleted here: a stage that another content, `--restart` or damage makes stale stays as it is
-    until its successor is done, and is kept then (`rlhf.stage_places`). `check` comes first and finds out what there is; then
-    either `reuse`, or `prepare` and `finish`. A process may die anywhere in between: the next `check` completes it.
+    until its successor is done, and is kept then (`rlhf.stage_places`). `check` comes first and finds out what there
+    is; then either `reuse`, or `prepare` and `finish`. A process may die anywhere in between: the next `check`
+    completes it.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """Which samples stay on disk: a bounded number, spread over the run, whatever was interrupted."""
 
+from itertools import pairwise
+
 import pytest
 
 from rlhf.recipe.online_schema import SampleFiles
@@ -33,7 +35,7 @@ def test_those_between_are_spread_over_the_run():
     now = kept(1000, SampleFiles(keep=40))
     assert now[0] == 1
     assert now[-20:] == list(range(981, 1001))
-    gaps = {after - before for before, after in zip(now[1:-20], now[2:-20], strict=False)}
+    gaps = {after - before for before, after in pairwise(now[1:-20])}
     assert gaps == {64}
     assert len(now) > 30
 
