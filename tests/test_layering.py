@@ -12,7 +12,7 @@ LAYER = {
     "errors": 0, "types": 0, "seeding": 0, "algorithms": 0, "recipe": 1, "models": 2, "data": 2, "roles": 2,
     "rewards": 3, "engines": 4, "progress": 2, "stage_progress": 0, "run_record": 1, "sinks": 3, "tracking": 3,
     "report": 3, "fingerprint": 2, "local": 5, "backend": 6, "starter": 6, "api": 7,
-    "export": 6, "serving": 6, "allocator": 0,
+    "export": 6, "serving": 6, "allocator": 0, "cache": 1,
     "disk": 1, "journal": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "stages": 5, "run_folder": 6,
     "stage_run": 6, "recipe_run": 6, "doctor": 6, "bench": 6, "command": 6, "commands": 7, "cli": 8,
 }  # fmt: skip
