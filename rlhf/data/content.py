@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.models.cache import file_digest
+from rlhf.fingerprint import file_digest
 from rlhf.recipe.base import HubData, PathData
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from rlhf.cache import default_cache
 from rlhf.disk import failures_told
-from rlhf.models.cache import default_cache
 
 if TYPE_CHECKING:
     import pyarrow

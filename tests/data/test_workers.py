@@ -79,11 +79,9 @@ def test_a_row_of_a_file_is_named_as_without_processes(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [{"prompt": f"Why {n}?", "chosen": "yes", "rejected": "no"} for n in range(60)]
     rows[41]["chosen"] = "much too long " * 9
-    rows[50]["prompt"] = ""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"a\.jsonl:42: prompt \+ chosen has \d+ tokens, the limit is 100"):
         tokenized_pairs(PathData(path=path), Encoder(ByteTokenizer(), 100))
-    assert len(tokenized_pairs(PathData(path=path, max_bad_rows=1), Encoder(ByteTokenizer(), 1000))) == 2 * 59
 
 
 UNGUARDED = """
