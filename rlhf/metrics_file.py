@@ -41,7 +41,7 @@ class MetricsFile:
             file.write(line)
 
     def flush(self) -> int:
-        """Flush the rows to disk and return the file's size in bytes; 0 where there is none."""
+        """Flush the rows to disk and return the file's size in bytes; 0 if there is no file."""
         return Journal(self.path).flush()
 
     def read(self) -> Recorded:

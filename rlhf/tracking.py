@@ -111,7 +111,7 @@ class Tracker:
         last = int(self.curve[-1]["step"]) if self.curve else 0
         missing = int(mark.get("rows", len(self.curve) + self.step - last)) - len(self.curve)
         if missing > 0:
-            self.say(f"goes on without {missing} of its earlier rows: {self.path} was damaged or cut short")
+            self.say(f"resumes without {missing} of its earlier rows: {self.path} was damaged or cut short")
 
     def say(self, message: str) -> None:
         """Tell people something about the stage."""

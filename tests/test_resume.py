@@ -91,7 +91,7 @@ def test_rows_of_metrics_that_a_power_loss_took_are_counted_and_the_run_goes_on(
     file.write_bytes(b"".join(lines[:kept]) + tail)
     result = run(stopped)
     assert result.exit_code == 0, result.stderr
-    assert f"sft goes on without {3 - kept} of its earlier rows" in result.stdout
+    assert f"sft resumes without {3 - kept} of its earlier rows" in result.stdout
     assert steps(stopped) == [*range(1, kept + 1), *range(4, 9)]
 
 

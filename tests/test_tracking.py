@@ -127,7 +127,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows_says_how_many_are_missing_and_
         assert [row["step"] for row in after.curve] == [1, 2, 3][:whole]
         assert after.step == 3
         said = shown.getvalue()
-        assert (f"goes on without {3 - whole} of its earlier rows: {tracker.path}" in said) == (whole < 3)
+        assert (f"resumes without {3 - whole} of its earlier rows: {tracker.path}" in said) == (whole < 3)
         after.log(4, {"loss": 2.0})
         assert rows(after)[-1]["step"] == 4
 
@@ -149,7 +149,7 @@ def test_zeros_in_place_of_the_last_rows_are_cut_off(recorded, shown):
     after = again(tracker)
     after.rewind(mark)
     assert tracker.path.read_bytes() == data[:first]
-    assert "goes on without 2 of its earlier rows" in shown.getvalue()
+    assert "resumes without 2 of its earlier rows" in shown.getvalue()
 
 
 def test_a_damaged_row_between_others_costs_that_row_alone(recorded, shown):
@@ -159,7 +159,7 @@ def test_a_damaged_row_between_others_costs_that_row_alone(recorded, shown):
     after = again(tracker)
     after.rewind(mark)
     assert [row["step"] for row in after.curve] == [1, 3]
-    assert "goes on without 1 of its earlier rows" in shown.getvalue()
+    assert "resumes without 1 of its earlier rows" in shown.getvalue()
     after.log(4, {"loss": 2.0})
     assert [row["step"] for row in read_curve(tracker.path)] == [1, 3, 4]
     assert [row["step"] for row in after.curve] == [1, 3, 4]
@@ -171,7 +171,7 @@ def test_a_file_that_is_gone_leaves_an_empty_curve(recorded, shown):
     tracker.rewind(mark)
     assert tracker.curve == []
     assert not tracker.path.exists()
-    assert "goes on without 3 of its earlier rows" in shown.getvalue()
+    assert "resumes without 3 of its earlier rows" in shown.getvalue()
 
 
 def test_a_curve_that_comes_back_is_the_one_that_was_logged(recorded):
@@ -187,7 +187,7 @@ def test_marks_of_earlier_versions_have_no_number_of_rows(recorded, shown):
     del mark["rows"]
     tracker.path.write_bytes(tracker.path.read_bytes()[:-1])
     again(tracker).rewind(mark)
-    assert "goes on without 1 of its earlier rows" in shown.getvalue()
+    assert "resumes without 1 of its earlier rows" in shown.getvalue()
 
 
 def test_all_that_a_state_refers_to_is_flushed_with_its_mark_and_no_step_before(tracker, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ saved, and end with the same model, pairs, samples and metrics.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from rich.console import Console
 from rlhf import checkpoint
 from rlhf.errors import RlhfError
 from rlhf.local import LocalLauncher
+from rlhf.metrics_file import metric_row
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.resources import local_resources
 from rlhf.recipe_run import run_recipe
@@ -199,8 +199,9 @@ def _made(stage: Path, places: tuple[Path, Path]) -> dict[str, bytes]:
 
 
 def _rows(stage: Path) -> list[dict[str, Any]]:
-    lines = (stage / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if not MEASURED.fullmatch(name)} for line in lines]
+    """Return the rows of metrics without what is measured by the clock; a line that is no JSON is no row."""
+    rows = [metric_row(line) or {} for line in (stage / "metrics.jsonl").read_bytes().splitlines()]
+    return [{name: value for name, value in row.items() if not MEASURED.fullmatch(name)} for row in rows]
 
 
 if __name__ == "__main__":
