@@ -23,6 +23,9 @@ SHAPE = (
 )  # fmt: skip
 WITHOUT_RESULT = {"max_tokens_per_microbatch", "samples"}
 """Settings of a stage that do not bear on its result."""
+JUDGES = ("judge", "gold", "reward")
+PACE = {"timeout_s", "load_timeout_s", "deadline_s", "workers", "concurrency"}
+"""Settings of a judge that say how fast it must be or may be asked, not what it answers."""
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 RESULTS = {
     "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 2,
@@ -63,7 +66,7 @@ def stage_content(
         "tuning": recipe.tuning.model_dump(mode="json", exclude_defaults=exclude_defaults),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,
-        "stage": json.loads(settings),
+        "stage": _without_pace(json.loads(settings)),
         "files": {path.name: [file_digest(other) for other in files if other.name == path.name] for path in files},
         "upstream": {name: keys[name] for name in sorted(upstream(stage))},
     }
@@ -82,8 +85,20 @@ def completed(old: Mapping[str, Any], new: Mapping[str, Any], without_defaults: 
     equals `new`.
     """
     known = {name: value for name, value in old.items() if name != VERSION}
+    if isinstance(known.get("stage"), Mapping):
+        known["stage"] = _without_pace(known["stage"])
     filled: dict[str, Any] = _filled({"results": 1} | known, new, without_defaults)
     return filled
+
+
+def _without_pace(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's settings without those of its judges that bear on their pace alone."""
+    return {
+        name: {key: given for key, given in value.items() if key not in PACE}
+        if name in JUDGES and isinstance(value, Mapping)
+        else value
+        for name, value in settings.items()
+    }
 
 
 def _filled(old: Any, new: Any, without_defaults: Any) -> Any:

@@ -16,10 +16,10 @@ BYTES = 16 << 20
 """Size at which a log is renamed to `run.log.1` and a new one begins."""
 OLDER = 3
 """So many renamed ones stay; the oldest is dropped."""
-PRINTED = "rlhf.printed"
-"""The logger that gets what reward functions print."""
 
 log = logging.getLogger("rlhf")
+printed_log = log.getChild("printed")
+"""Gets what reward functions print."""
 
 
 class BoundedLog(RotatingFileHandler):
@@ -53,9 +53,7 @@ def logged(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         to_run = BoundedLog(folder / "logs" / RUN_LOG, "%(asctime)s %(levelname)s %(name)s: %(message)s")
         stack.enter_context(_attached(log, to_run))
-        stack.enter_context(
-            _attached(logging.getLogger(PRINTED), BoundedLog(printed, "%(asctime)s %(message)s", dropping))
-        )
+        stack.enter_context(_attached(printed_log, BoundedLog(printed, "%(asctime)s %(message)s", dropping)))
         yield
 
 

@@ -36,10 +36,11 @@ def test_memory_grows_no_faster_than_the_data(name, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.benchmarks._comparison.RESAMPLES", 20)
     monkeypatch.setattr("tests.benchmarks._comparison.TOKENS", 20)
     monkeypatch.setattr("tests.benchmarks._data.MODEL", "tiny://llama")
-    monkeypatch.setattr("tests.benchmarks._making.TOKENS", 20)
-    monkeypatch.setattr("tests.benchmarks._making.CHECK", CHECK)
-    monkeypatch.setattr("tests.benchmarks._making.WORKERS", 2)
-    monkeypatch.setattr("tests.benchmarks._making.MEBI", 1_024)
+    monkeypatch.setattr("tests.benchmarks._sampling.TOKENS", 20)
+    monkeypatch.setattr("tests.benchmarks._sampling.LONG", 20)
+    monkeypatch.setattr("tests.benchmarks._scores_states.CHECK", CHECK)
+    monkeypatch.setattr("tests.benchmarks._scores_states.WORKERS", 2)
+    monkeypatch.setattr("tests.benchmarks._scores_states.MEBI", 1_024)
     row = rows()[name]
     peak(row, 100, tmp_path / "first")  # what is imported and kept on first use
     few, many = (peak(row, size, tmp_path / str(size)) for size in (FEW, TIMES * FEW))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlhf.command import reports_errors
+from rlhf.untrusted import echo
 
 if TYPE_CHECKING:
     from rlhf.pruning import Entry
@@ -54,7 +55,7 @@ def cache(as_json: bool) -> None:
 
     found = entries(default_cache())
     if as_json:
-        click.echo(json.dumps([asdict(entry) | {"path": str(entry.path)} for entry in found], indent=2))
+        echo(json.dumps([asdict(entry) | {"path": str(entry.path)} for entry in found], indent=2))
         return
     _show(default_cache(), found)
 
@@ -82,11 +83,11 @@ def prune(older_than: float | None, max_size: float | None, yes: bool) -> None:
         older_than = Amount("age", SECONDS).convert(DEFAULT_AGE, None, None)
     swept = sweep(default_cache())
     if swept:
-        click.echo(f"removed {len(swept)} temporary files of processes that have ended")
+        echo(f"removed {len(swept)} temporary files of processes that have ended")
     bound = None if max_size is None else int(max_size)
     doomed = superfluous(entries(default_cache()), older_than, bound, time.time())
     if not doomed:
-        click.echo(f"nothing to remove in {default_cache()}")
+        echo(f"nothing to remove in {default_cache()}")
         return
     _show(default_cache(), doomed)
     if not yes:
@@ -96,7 +97,7 @@ def prune(older_than: float | None, max_size: float | None, yes: bool) -> None:
     gone = [entry for entry in doomed if remove(entry)]
     kept = len(doomed) - len(gone)
     meanwhile = f"; {kept} came into use meanwhile and stay" if kept else ""
-    click.echo(f"removed {len(gone)} entries, {size(sum(entry.size for entry in gone))}{meanwhile}")
+    echo(f"removed {len(gone)} entries, {size(sum(entry.size for entry in gone))}{meanwhile}")
 
 
 def _show(folder: Path, found: list[Entry]) -> None:
@@ -105,16 +106,15 @@ def _show(folder: Path, found: list[Entry]) -> None:
     from collections import Counter
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from rlhf.amounts import duration, size
-    from rlhf.untrusted import visible
+    from rlhf.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal()
     if not found:
-        console.print(f"the cache {visible(str(folder))} is empty", markup=False, soft_wrap=True)
+        console.print(f"the cache {folder} is empty", soft_wrap=True)
         return
     table = Table("kind", "name", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
     now = time.time()
@@ -123,8 +123,8 @@ def _show(folder: Path, found: list[Entry]) -> None:
         sizes[entry.kind] += entry.size
         age = f"{duration(max(0.0, now - entry.used))} ago"
         cells = (entry.kind, entry.path.name, size(entry.size), age, "in use" if entry.in_use else "")
-        table.add_row(*(Text(visible(cell)) for cell in cells))
+        table.add_row(*map(Text, cells))
     console.print(table)
     kinds = ", ".join(f"{kind} {size(count)}" for kind, count in sizes.items())
-    total = f"{size(sum(sizes.values()))} in {visible(str(folder))}: {kinds}"
-    console.print(total, markup=False, soft_wrap=True)
+    total = f"{size(sum(sizes.values()))} in {folder}: {kinds}"
+    console.print(total, soft_wrap=True)

@@ -28,7 +28,7 @@ from rlhf.disk import failures_told
 if TYPE_CHECKING:
     import pyarrow
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rlhf")
 
 FOLDER, SUFFIX, PARTIAL = "tokens", ".arrow", ".partial"
 KEPT_BYTES = 1 << 20

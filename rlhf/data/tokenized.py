@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rlhf.data.rows import TextRow
     from rlhf.models.tokenizer import ChatTokenizer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("rlhf")
 Row = TypeVar("Row")
 INTERVAL_S = 10.0
 HERE = "{source}"

@@ -60,7 +60,7 @@ def inspect_and_print(path: Path, model: str | None, kind: str, as_json: bool) -
 @contextmanager
 def _counting() -> Iterator[Callable[[int], None]]:
     """Show on a terminal how many rows have been read, and nothing elsewhere."""
-    console = Console(stderr=True, highlight=False)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
         return
@@ -68,7 +68,7 @@ def _counting() -> Iterator[Callable[[int], None]]:
 
         def progress(rows: int) -> None:
             if not rows % SAID_EVERY:
-                status.update(f"reading: {rows:,} rows")
+                status.update(Text(f"reading: {rows:,} rows"))
 
         yield progress
 

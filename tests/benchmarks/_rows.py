@@ -36,7 +36,7 @@ class Row:
     prepare: Callable[[int, Path], Work]
 
 
-MODULES = ("tests.benchmarks._comparison", "tests.benchmarks._data", "tests.benchmarks._making")
+MODULES = tuple(f"tests.benchmarks.{name}" for name in ("_comparison", "_data", "_sampling", "_scores_states"))
 """Each has `ROWS`, by name."""
 
 
