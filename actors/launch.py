@@ -220,6 +220,12 @@ class RayLauncher:
             return
         if self.head and (why := self.head.settle()):
             self._leave_lost(self.head, why, error)
+        try:
+            self._end_processes()
+        finally:
+            self.connection.close(_is_failure(error))
+
+    def _end_processes(self) -> None:
         for group in self.groups.values():
             group.kill()
         for engine in (self.engine, self.judging and self.judging[1]):
@@ -228,7 +234,6 @@ class RayLauncher:
         if self.reserved is not None:
             remove_placement_group(self.reserved)
         forget_job()
-        self.connection.close(_is_failure(error))
 
 
 def _is_failure(error: BaseException | None) -> bool:

@@ -82,7 +82,7 @@ def test_every_kind_has_a_number_of_its_results_and_no_key_holds_a_version(folde
 
 @pytest.mark.parametrize("stage", sorted(ALL))
 def test_a_setting_that_an_older_version_did_not_have_stood_at_its_default(folder, stage):
-    new, lean = contents(folder, stage)
+    new, lean = (content | {"results": 1} for content in contents(folder, stage))
     old = new | {"version": "0.1.0", "stage": lean["stage"], "tuning": lean["tuning"]}
     del old["results"]
     assert completed(old, new, lean) == new
@@ -97,6 +97,13 @@ def test_a_setting_that_is_given_is_not_what_an_older_version_did(folder):
         new, lean = contents(folder, "dpo", override)
         less = old | {"stage": {name: value for name, value in old["stage"].items() if name not in ("beta",)}}
         assert completed(less, new, lean) != new, override
+
+
+def test_how_fast_a_judge_must_be_is_no_part_of_a_key_nor_was_it_of_an_older_one(folder):
+    new, lean = contents(folder, "pairs")
+    assert contents(folder, "pairs", "stages.pairs.judge.timeout_s=7", "stages.pairs.judge.workers=3")[0] == new
+    judge = new["stage"]["judge"] | {"timeout_s": 60.0}
+    assert completed(new | {"stage": new["stage"] | {"judge": judge}}, new, lean) == new
 
 
 def test_keys_are_stable_and_no_two_stages_share_one(folder):

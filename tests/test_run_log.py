@@ -47,9 +47,9 @@ def test_a_chatty_reward_function_fills_its_own_log_which_is_bounded_and_says_so
     with logged(tmp_path):
         reward = FunctionReward(f"{tmp_path}/chatty.py:judge")
         assert reward.score_texts([Prompt("1", (1,), "p")] * 2, ["a", "bb"]) == [1.0, 2.0]
-        reward.process.end()
-        reward.process.printing.join(60)
-        assert not reward.process.printing.is_alive()
+        reward.processes[0].end()
+        reward.processes[0].printing.join(60)
+        assert not reward.processes[0].printing.is_alive()
     files = sorted((tmp_path / "logs").glob("rewards.log*"))
     assert len(files) == 4
     assert sum(file.stat().st_size for file in files) <= 4 * 4096

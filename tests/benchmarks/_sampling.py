@@ -34,14 +34,14 @@ def annotation(prompts: int, folder: Path) -> Work:
 
 
 def drawn_ahead(responses: int, folder: Path) -> Work:
-    """Save and load a state with responses of 8,192 tokens to prompts of eight each."""
+    """Save and load a state with responses of 8,192 tokens to prompts of four each."""
     rng = np.random.default_rng(0)
-    prompts = [Prompt(f"p{row}", (1, 2), "question") for row in range(responses // 8)]
+    prompts = [Prompt(f"p{row}", (1, 2), "question") for row in range(responses // SAMPLES)]
 
     def rollout(row: int) -> Rollout:
         tokens, logprobs = rng.integers(0, 150_000, LONG), -rng.random(LONG, np.float32)
         text = "word " * 6000
-        return Rollout(prompts[row // 8], tuple(tokens.tolist()), tuple(logprobs.tolist()), text, "stop", 3, row)
+        return Rollout(prompts[row // SAMPLES], tuple(tokens.tolist()), tuple(logprobs.tolist()), text, "stop", 3, row)
 
     saved = DrawnAhead()
     saved.drawing = Drawing(1, Ready([rollout(row) for row in range(responses)]))

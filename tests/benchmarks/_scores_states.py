@@ -23,10 +23,8 @@ MEBI = 2**18
 def scores(count: int, folder: Path) -> Work:
     """Score responses with a function that takes 10 ms each, in eight processes."""
     (folder / "check.py").write_text(CHECK, encoding="utf-8")
-    prompt, source = (
-        Prompt("p", (1, 2, 3), "a question"),
-        FunctionReward(f"{folder / 'check.py'}:score", workers=WORKERS),
-    )
+    prompt = Prompt("p", (1, 2, 3), "a question")
+    source = FunctionReward(f"{folder / 'check.py'}:score", workers=WORKERS)
     drawn = [Rollout(prompt, (1,), (-1.0,), f"response {row}", "stop", 0, row) for row in range(count)]
     source.score(drawn[:WORKERS]).result()
 
