@@ -9,7 +9,7 @@ from rlhf.data.classes import split_classes
 from rlhf.data.content import digest
 from rlhf.data.splits import by_count, by_group, digest_array, group_numbers
 
-TEXTS = [[str(random.Random(seed).randrange(most)) for _ in range(200)] for seed, most in enumerate((3, 40, 10**6))]
+TEXTS = [list(map(str, random.Random(most).choices(range(most), k=200))) for most in (3, 40, 10**6)]
 
 
 def groups_of(texts):
