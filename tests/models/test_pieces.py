@@ -95,3 +95,15 @@ def test_the_identity_of_a_tokenizer_follows_its_merges(tiny_folder: Path) -> No
     other.hf.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert one.fingerprint() == other.fingerprint()
     assert one.identity() != other.identity()
+
+
+def test_a_tokenizer_that_was_told_to_cut_still_encodes_whole_texts(tiny_folder: Path) -> None:
+    """The backend remembers the last call's truncation, and splits special tokens where the tokenizer does."""
+    tokenizer = load_tokenizer(tiny_folder)
+    text = "<|im_start|>user\nWhy is that so?<|im_end|>"
+    whole = tokenizer.hf(text, add_special_tokens=False)["input_ids"]
+    tokenizer.hf("something long", truncation=True, max_length=3)
+    assert tokenizer.hf.backend_tokenizer.truncation is not None
+    assert tokenizer.controls.encode(text) == whole
+    tokenizer.hf.split_special_tokens = True
+    assert tokenizer.controls.encode(text) == tokenizer.hf(text, add_special_tokens=False)["input_ids"] != whole

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.cli import main
 from rlhf.data.classes import split_classes
+from rlhf.data.content import digest
+from rlhf.data.splits import digest_array
 from rlhf.interrupts import Interrupted
 from rlhf.local import LocalLauncher
 from rlhf.recipe.load import load_recipe
@@ -71,8 +74,10 @@ def test_it_learns_far_above_chance(finished):
 def heldout():
     """The rows that are held out, found without the stage."""
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
-    labels, texts = [row["label"] for row in rows], [row["text"].encode() for row in rows]
-    _, chosen = split_classes(labels, texts, 0.2, derive(17, "kinds", "split"))
+    labels = sorted({row["label"] for row in rows})
+    numbers = np.array([labels.index(row["label"]) for row in rows])
+    texts = digest_array(digest(row["text"]) for row in rows)
+    _, chosen = split_classes(labels, numbers, texts, 0.2, derive(17, "kinds", "split"))
     return [rows[number] for number in chosen]
 
 
