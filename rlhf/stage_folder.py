@@ -130,6 +130,7 @@ class StageFolder:
             place = self.place
             if not self.restart:
                 checkpoint.newest(place / STATES, self.key)  # there is none: damaged ones are quarantined, and said
+                self._keep_unproven(place)
             _clear(place, everything=self.restart)
             place.mkdir(parents=True, exist_ok=True)
 
@@ -244,6 +245,12 @@ class StageFolder:
         except Damaged:
             key = None
         set_aside(self.folder, key)
+
+    def _keep_unproven(self, place: Path) -> None:
+        """Set aside a model that has neither a `done.json` nor a state: it may be a finished one that lost its own."""
+        if place == self.folder and any((place / name).exists() for name in SEALED):
+            kept = set_aside(place, None)
+            log.warning("stage %s: a model without %s is kept as %s", self.name, DONE, shown(kept.name))
 
     def _remove_states(self, folder: Path) -> None:
         """Remove the states of a finished stage."""

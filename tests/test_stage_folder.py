@@ -151,6 +151,15 @@ def test_damage_is_an_error_with_a_remedy_and_the_damaged_stage_is_kept(tmp_path
     assert (kept / file).read_bytes() == harmed
 
 
+def test_a_model_whose_done_json_was_removed_is_set_aside_and_not_deleted(tmp_path, caplog):
+    make(tmp_path)
+    (tmp_path / "stages" / "sft" / "done.json").unlink()
+    make(tmp_path)
+    assert names(tmp_path) == ["sft", "sft.damaged"]
+    assert (tmp_path / "stages" / "sft.damaged" / "model" / "weights").read_text() == "0.1"
+    assert "a model without done.json is kept as sft.damaged" in caplog.text
+
+
 def test_a_kept_stage_that_is_wanted_and_damaged_is_said_too(tmp_path):
     make(tmp_path)
     make(tmp_path, 0.2)
