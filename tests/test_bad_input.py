@@ -310,7 +310,7 @@ def test_the_whole_command_says_the_same_and_keeps_the_traceback_for_the_log(fol
     )
     message = checked(5, ended.returncode, ended.stdout, ended.stderr)
     assert message.startswith(
-        f"stage duel, after step 2: {folder / 'rewards.py'}:6: raises() raised KeyError: 'quality'"
+        f"stage duel, after step 3: {folder / 'rewards.py'}:6: raises() raised KeyError: 'quality'"
     )
     assert "sft: done in" in ended.stdout
     assert "Traceback" in (folder / "out" / "logs" / "run.log").read_text()

@@ -25,8 +25,8 @@ from rlhf.untrusted import keep_secret, printable, redacted
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for package in ("rlhf", "actors") for path in (ROOT / package).rglob("*.py"))
 SERIALISERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
-PICKLES = {ROOT / "actors" / "objects.py"}
-"""Values of this project on their way through Ray, which pickles by itself."""
+PICKLES = {ROOT / "actors" / "objects.py", ROOT / "rlhf" / "data" / "workers.py"}
+"""Values of this project on their way through Ray, which pickles by itself, and to a process that we started."""
 EXECUTES = {ROOT / "rlhf" / "rewards" / "user_function.py"}
 """The process of its own that a reward function of the user's runs in."""
 LOADERS = {"from_pretrained", "from_config", "LLM"}

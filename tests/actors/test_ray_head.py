@@ -49,6 +49,7 @@ def quick(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(head, "PATIENCE_S", 0.5)
     monkeypatch.setattr(head, "SILENCE_S", 0.5)
     monkeypatch.setattr(head, "COMES_BACK_S", 0.2)
+    monkeypatch.setattr(head, "COMMAND", threading.Event())
     silent, said = threading.Event(), list[str]()
     monkeypatch.setattr(HeadWatch, "_answers", lambda self: not silent.is_set())
     monkeypatch.setattr(HeadWatch, "_end_process", lambda self: said.append("ends the process"))

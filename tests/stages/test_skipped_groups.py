@@ -121,6 +121,7 @@ def test_a_comparison_is_complete_or_none(tmp_path):
 def test_the_limit_of_a_function_is_the_recipes(tmp_path):
     (tmp_path / "r.py").write_text("def f(p, r, m):\n    return 1\n")
     judge = FunctionJudge(kind="function", path=f"{tmp_path}/r.py:f", timeout_s=3)
-    assert context_of(stage_of("grpo"), tmp_path).judge(judge, 0).timeout_s == 3
+    source = context_of(stage_of("grpo"), tmp_path).judge(judge, 0)
+    assert [process.timeout_s for process in source.processes if process] == [3]
     with pytest.raises(RecipeError, match="has no function 'g'"):
         context_of(stage_of("grpo"), tmp_path).judge(judge.model_copy(update={"path": f"{tmp_path}/r.py:g"}), 0)

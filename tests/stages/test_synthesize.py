@@ -245,7 +245,10 @@ def test_the_smoke_recipe_writes_and_trains_on_it(tmp_path):
     again = run(tmp_path, recipe=SMOKE)
     assert again.stdout.count("unchanged, reused") == 3
     (tmp_path / "out" / "stages" / "more" / "data.jsonl").write_text("")
-    assert "data.jsonl: changed or missing" in " ".join(run(tmp_path, recipe=SMOKE).stdout.split())
+    refused = run(tmp_path, recipe=SMOKE)
+    assert refused.exit_code == 3
+    assert "data.jsonl: changed or missing" in refused.output
+    assert "--restart more" in refused.output
 
 
 def test_what_does_not_fit_together_is_refused(folder):
