@@ -41,7 +41,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(error.exit_code)
         except Interrupted as stop:
             at = f" in {stop}" if str(stop) else ""
-            _tell(f"interrupted{at}; the same command goes on")
+            without = " without --restart" if arguments.get("restart") else ""
+            _tell(f"interrupted{at}; the same command{without} goes on")
             leave(stop.exit_code)
         except KeyboardInterrupt:
             echo("interrupted", err=True)

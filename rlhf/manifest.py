@@ -114,6 +114,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return body
 
 
+def plain_files(folder: Path) -> list[str]:
+    """Return the relative paths of the plain files below a folder; links and what is behind them are not among them."""
+    return sorted(_contents(folder)[0])
+
+
 def flush_folder(folder: Path) -> None:
     """Make the entries of a folder durable, where its file system can do that."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -113,7 +113,8 @@ class StageFolder:
                 say(f"{self.name}: {self.whole.name}, made with these settings before, is brought back")
             self._remove_states(self.folder)
             begun = new_place(self.folder)
-            if begun.is_dir() and not checkpoint.states(begun / STATES):  # of a process that saved nothing
+            if begun.is_dir() and not checkpoint.states(begun / STATES):
+                say(f"{self.name}: the attempt to make it again saved nothing; the finished one is used")
                 shutil.rmtree(begun)
             self._bound(keep_old, say)
 
@@ -264,15 +265,26 @@ class StageFolder:
         """Remove the oldest of what was replaced, and say once what is kept, and how large it is."""
         remove_leftovers(self.folder)
         kept = kept_folders(self.folder)
-        stale = kept[: max(0, len(kept) - keep_old)]
+        whole = [folder for folder in kept if not _is_damaged(folder)] if len(kept) > keep_old else []
+        stale = whole[: max(0, len(whole) - keep_old)]  # a damaged one stays: its owner may want to mend it
         for folder in stale:
             size = folder_bytes(folder) / MIB
             say(f"{self.name}: {shown(folder.name)} ({size:,.1f} MiB) is removed, as recovery.keep_old is {keep_old}")
             remove_kept(folder)
-        if (fresh := kept[len(stale) :]) and self.whole != self.folder:
+        if (fresh := [folder for folder in kept if folder not in stale]) and self.whole != self.folder:
             size = sum(map(folder_bytes, fresh)) / MIB
             names = ", ".join(shown(folder.name) for folder in fresh)
             say(f"{self.name}: the finished stage before it is kept as {names} ({size:,.1f} MiB, recovery.keep_old)")
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Return whether a finished stage is not as it was made, or nothing says how it was."""
+    if not os.path.lexists(folder / DONE):
+        return True
+    try:
+        return bool(damage(folder, read_done(folder / DONE)))
+    except Damaged:
+        return True
 
 
 def _clear(place: Path, everything: bool) -> None:

@@ -16,6 +16,17 @@ def no_more_than(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 
 
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+    recipe = RECIPES / "smoke" / "preference.yaml"
+    command = [sys.executable, "-m", "rlhf.cli", "run", str(recipe), "--local", "--output", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.wait() == 0
+    assert (tmp_path / "run" / "stages" / "sft" / "done.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("command", "room", "code"),
     [

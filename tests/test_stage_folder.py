@@ -151,6 +151,22 @@ def test_damage_is_an_error_with_a_remedy_and_the_damaged_stage_is_kept(tmp_path
     assert (kept / file).read_bytes() == harmed
 
 
+def test_a_damaged_stage_neither_drives_out_a_whole_one_nor_goes_itself(tmp_path):
+    make(tmp_path, 0.1)
+    make(tmp_path, 0.2)  # 0.1 is kept
+    (tmp_path / "stages" / "sft" / "model" / "weights").write_text("0.?")
+    make(tmp_path, 0.2, restart=True)  # the damaged one is kept beside it
+    make(tmp_path, 0.3)
+    kept = {(folder / "model" / "weights").read_text() for folder in kept_folders(tmp_path / "stages" / "sft")}
+    assert kept == {"0.?", "0.2"}  # the newest whole one, as keep_old is 1, and the damaged one
+
+
+def test_an_attempt_that_saved_nothing_is_named_when_the_finished_stage_is_used(tmp_path):
+    make(tmp_path)
+    opened(tmp_path, restart=True).prepare()
+    assert make(tmp_path) == ["sft: the attempt to make it again saved nothing; the finished one is used", "reused"]
+
+
 def test_a_model_whose_done_json_was_removed_is_set_aside_and_not_deleted(tmp_path, caplog):
     make(tmp_path)
     (tmp_path / "stages" / "sft" / "done.json").unlink()

@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rlhf.errors import DataError, RecipeError
-from rlhf.manifest import broken, shown
+from rlhf.manifest import broken, plain_files, shown
 
 PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path")
 CARD = "README.md"
@@ -37,8 +37,17 @@ def made_whole(output: Path) -> Iterator[Path]:
 
 
 def copy_whole(source: Path, target: Path, sealed: Mapping[str, Any] | None) -> None:
-    """Copy the files of a folder and compare the copy with the hashes of when they were made."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    """Copy the sealed files of a folder, and no others, and compare the copy with the hashes of when they were made.
+
+    What somebody put beside them (notes, links to other places) stays where it is. Of a folder that has no seals, all
+    plain files are copied. Any user may read the copies.
+    """
+    for name in sealed or plain_files(source):
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise DataError(f"{shown(str(source))}: {shown(name)} leads out of the folder")
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, copy, follow_symlinks=False)
     if sealed and (wrong := broken(target, sealed)):
         raise DataError(f"the copy of {shown(str(source))} is not whole: {wrong[0]}")
 

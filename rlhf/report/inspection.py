@@ -51,6 +51,8 @@ def inspect_and_print(path: Path, model: str | None, kind: str, as_json: bool) -
         console = Terminal()
         for one in made:
             print_inspection(one, console)
+        if not recipe and not model:
+            console.print("give --model to count tokens, and rows that spell a control token", soft_wrap=True)
     if refusals := [refusal for one in made for refusal in one.refusals]:
         raise DataError(refusals[0] + (f" (and {len(refusals) - 1} more)" if refusals[1:] else ""))
     if recipe:

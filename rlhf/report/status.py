@@ -226,8 +226,10 @@ def _run_state(undone: bool, alive: bool, record: RunRecord | None) -> RunState:
 
 
 def _error(record: RunRecord | None, alive: bool, undone: bool) -> str:
-    if record is None or alive or not undone:
+    if record is None or alive:
         return ""
+    if not undone:
+        return record.error if record.outcome == "failed" else ""  # damage is found out by a run alone
     if record.outcome == "running":
         return f"process {record.pid} on {record.host} is gone without a word: killed, or the machine stopped"
     return record.error
@@ -260,8 +262,10 @@ def _headlines(status: RunStatus) -> list[str]:
     if status.error:
         lines.append(f"last error: {status.error.splitlines()[0]}")
     damaged = any(stage.state == "damaged" for stage in status.stages)
-    if status.state in ("interrupted", "failed") and not damaged:
+    if status.state == "interrupted" and not damaged:
         lines.append("the same `rlhf run` goes on where it was")
+    if status.state == "failed" and not damaged:
+        lines.append("once that is mended, the same `rlhf run` goes on where it was; what was finished before is kept")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,26 @@ def test_damage_is_found_before_anything_is_written(copy, tmp_path):
     (copy / "stages" / "sft" / "done.json").write_text("{}")
     assert invoke(copy / "sft", "-o", tmp_path / "out").exit_code == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_the_sealed_files_is_not_taken(copy, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    model = copy / "stages" / "sft" / "model"
+    (model / "NOTES.txt").write_text("a note")
+    (model / "link.txt").symlink_to(secret)
+    (model / "broken").symlink_to(tmp_path / "nowhere")
+    made = take(copy, "sft", tmp_path / "out")
+    names = {file.name for file in made.folder.rglob("*")}
+    assert not names & {"NOTES.txt", "link.txt", "broken"}
+    assert "model.safetensors" in names
+    assert (made.folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before
 
 
 def test_an_adapter_that_is_not_its_models_is_not_kept(copy, tmp_path):

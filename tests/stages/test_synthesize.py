@@ -247,7 +247,7 @@ def test_the_smoke_recipe_writes_and_trains_on_it(tmp_path):
     (tmp_path / "out" / "stages" / "more" / "data.jsonl").write_text("")
     refused = run(tmp_path, recipe=SMOKE)
     assert refused.exit_code == 3
-    assert "data.jsonl: changed or missing" in refused.output
+    assert "is damaged (data.jsonl" in refused.output
     assert "--restart more" in refused.output
 
 
