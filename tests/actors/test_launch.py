@@ -188,7 +188,7 @@ def test_pairs_samples_and_the_report_are_the_same(both):
         for pattern in ("stages/pairs/pairs.jsonl", "stages/*/samples/**/*.jsonl")
         for path in both.local.glob(pattern)
     )
-    assert len(made) == 1 + 6 + 3
+    assert len(made) == 1 + 6 + 3 * 2  # of each candidate its responses and its scores of the retention chats
     for path in made:
         assert (both.ray.folder / path).read_bytes() == (both.local / path).read_bytes(), path
     assert timeless(both.ray.folder / "report.json") == timeless(both.local / "report.json")
