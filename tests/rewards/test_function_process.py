@@ -82,16 +82,14 @@ def failure(path: str, response: str, timeout_s: float = 5.0, prompt: Prompt = P
 
 @pytest.mark.parametrize(("response", "line"), [("loop", (5, 6)), ("regex", (8,))])
 def test_a_hang_is_ended_and_the_line_named_even_when_the_interpreter_is_held(path, response, line):
-    start = time.monotonic()
-    message = failure(path, response, timeout_s=0.3)
-    assert time.monotonic() - start < 3
+    message = failure(path, response, timeout_s=2)
     file = path.removesuffix(":judge")
-    assert message in [f"{file}:{n}: judge() did not return within 0.3 s (prompt id 17)" for n in line]
+    assert message in [f"{file}:{n}: judge() did not return within 2 s (prompt id 17)" for n in line]
 
 
 def test_the_limit_is_of_one_response_not_of_all(tmp_path):
-    (tmp_path / "slow.py").write_text("import time\ndef f(p, r, m):\n    time.sleep(0.1)\n    return 1\n")
-    assert FunctionReward(f"{tmp_path}/slow.py:f", 0.4).score_texts([PROMPT] * 6, [""] * 6) == [1.0] * 6
+    (tmp_path / "slow.py").write_text("import time\ndef f(p, r, m):\n    time.sleep(0.7)\n    return 1\n")
+    assert FunctionReward(f"{tmp_path}/slow.py:f", 4).score_texts([PROMPT] * 6, [""] * 6) == [1.0] * 6
 
 
 @pytest.mark.parametrize(
@@ -121,11 +119,11 @@ def test_what_it_prints_goes_to_the_log_and_never_into_the_scores(path, caplog):
 
 
 def test_the_caller_does_not_wait_until_it_asks_for_the_result(tmp_path):
-    (tmp_path / "slow.py").write_text("import time\ndef f(p, r, m):\n    time.sleep(0.4)\n    return 2\n")
-    reward = FunctionReward(f"{tmp_path}/slow.py:f")
-    start = time.monotonic()
-    pending = reward.score([Rollout(PROMPT, (1,), (0.0,), "x", "stop", 0, 0)])
-    assert time.monotonic() - start < 0.2
+    asked = tmp_path / "asked"
+    waits = f"    while not os.path.exists({str(asked)!r}):\n        time.sleep(0.01)\n"
+    (tmp_path / "slow.py").write_text(f"import os, time\ndef f(p, r, m):\n{waits}    return 2\n")
+    pending = FunctionReward(f"{tmp_path}/slow.py:f").score([Rollout(PROMPT, (1,), (0.0,), "x", "stop", 0, 0)])
+    asked.touch()
     assert pending.result().tolist() == [2.0]
 
 
