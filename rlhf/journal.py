@@ -60,10 +60,7 @@ class Journal:
             if offset is not None and after > offset:
                 break
             end, rows = after, rows + 1
-        if self.path.exists() and self.path.stat().st_size != end:
-            with failures_told(self.path, "cannot be shortened"), self.path.open("r+b") as file:
-                file.truncate(end)
-                os.fsync(file.fileno())
+        shorten(self.path, end)
         return Cut(rows, short=offset is not None and end < offset)
 
     def _whole(self) -> Iterator[tuple[dict[str, Any], int]]:
@@ -76,8 +73,16 @@ class Journal:
                 end += len(line)
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     return
                 if not line.endswith(b"\n") or not isinstance(row, dict):
                     return
                 yield row, end
+
+
+def shorten(path: Path, end: int) -> None:
+    """Cut a file after `end` bytes and flush it, where there is one of another size; `end` is not beyond its own."""
+    if path.exists() and path.stat().st_size != end:
+        with failures_told(path, "cannot be shortened"), path.open("r+b") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())

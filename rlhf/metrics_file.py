@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.disk import failures_told
-from rlhf.journal import Journal
+from rlhf.journal import Journal, shorten
 
 METRICS = "metrics.jsonl"
 
@@ -69,10 +67,7 @@ class MetricsFile:
                 break
             if line.endswith(b"\n") and metric_row(line):
                 end = after
-        if self.path.exists() and self.path.stat().st_size != end:
-            with failures_told(self.path, "cannot be shortened"), self.path.open("r+b") as file:
-                file.truncate(end)
-                os.fsync(file.fileno())
+        shorten(self.path, end)
         return self.read()
 
     def _lines(self) -> Iterator[tuple[bytes, int]]:
