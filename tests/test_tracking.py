@@ -413,9 +413,7 @@ def test_wandb_without_a_key_writes_an_offline_run_into_the_run_folder(tmp_path,
         assert secret not in everything
     sent = [record, *record.parent.joinpath("files").rglob("*")]  # what `wandb sync` would send; not its own logs
     for private in (str(tmp_path), socket.gethostname(), sys.executable):
-        word = re.compile(
-            rb"(?<![0-9A-Za-z])" + re.escape(private.encode()) + rb"(?![0-9A-Za-z])"
-        )  # a short host name
+        word = re.compile(rb"(?<![0-9A-Za-z])" + re.escape(private.encode()) + rb"(?![0-9A-Za-z])")  # a short host name
         assert not [path for path in sent if path.is_file() and word.search(path.read_bytes())], private
 
 
