@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-JEMALLOC = "thp:always,metadata_thp:auto,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,narenas:1"
-"""Options of jemalloc(3): huge pages, freed memory is kept, and all of it is in one place, large blocks too."""
+JEMALLOC = (
+    "thp:always,metadata_thp:auto,dirty_decay_ms:10000,muzzy_decay_ms:0,background_thread:true,"
+    "oversize_threshold:0,narenas:1"
+)
+"""Options of jemalloc(3): huge pages; what a step frees is kept for the next step, and what is not used again for ten
+seconds goes back to the kernel, also while the process waits; all of it is in one place, large blocks too."""
 
 GLIBC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -19,7 +23,7 @@ GLIBC = {
 
 
 def allocator(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that give a process an allocator which keeps freed memory and uses huge pages.
+    """Return the variables that give a process an allocator with huge pages that keeps what a step frees for the next.
 
     jemalloc as Ray brings it, where it is there; glibc otherwise, which often cannot use a freed tensor's place for the
     next tensor of that size (it looks for 64 bytes more, to align it), and so takes new pages in every step. What

@@ -73,13 +73,17 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
 
     from rlhf.errors import ResourceError
     from rlhf.recipe.devices import local_device, named_device
-    from rlhf.recipe.plan import make_plan
+    from rlhf.recipe.host_fit import check_main_memory
+    from rlhf.recipe.plan import look_up, make_plan
     from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
+    from rlhf.recipe.seeds import expand_seeds
     from rlhf.terminal import Terminal
 
     resources = local_resources()
-    made = make_plan(loaded, resources, named_device(gpu) if gpu else local_device(), search=True)
+    recipe = expand_seeds(loaded.recipe)
+    known = look_up(recipe)
+    made = make_plan(loaded, resources, named_device(gpu) if gpu else local_device(), search=True, known=known)
     if as_json:
         echo(json.dumps(asdict(made), indent=2))
     else:
@@ -88,6 +92,7 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
         console.print(render_plan(made))
     if loaded.recipe.ray.address is None and gpu is None:
         check_fits(loaded.recipe, resources)
+        check_main_memory(recipe, known.shapes, known.measured, resources.memory_bytes)
     if made.fit and made.fit.problems:
         helps = f"; would help: {made.remedies[0]}" if made.remedies else ""
         raise ResourceError(made.fit.problems[0] + helps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -13,14 +14,15 @@ from rich.console import Console
 from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
 from rlhf.done_file import damaged, read_done
-from rlhf.errors import DataError, RecipeError
+from rlhf.errors import DataError, RecipeError, ResourceError
 from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
 from rlhf.pruning import sweep
+from rlhf.recipe.host_fit import check_main_memory
 from rlhf.recipe.load import LoadedRecipe
-from rlhf.recipe.plan import headline, make_plan
-from rlhf.recipe.resources import local_resources
+from rlhf.recipe.plan import Known, headline, look_up, make_plan
+from rlhf.recipe.resources import Resources, local_resources
 from rlhf.recipe.schedule import sequence_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
@@ -36,6 +38,8 @@ from rlhf.sinks.base import open_sinks
 from rlhf.stage_places import DONE, stage_folder
 from rlhf.stage_run import Surroundings, check_stages, run_stages
 from rlhf.terminal import Terminal
+
+log = logging.getLogger("rlhf")
 
 
 def run_recipe(
@@ -63,13 +67,17 @@ def run_recipe(
     with locked(folder), logged(folder), recorded(folder) as recorder:
         sweep(default_cache())
         resources = local_resources()
-        console.print(headline(make_plan(loaded, resources)), markup=False, highlight=False, soft_wrap=True)
+        known = look_up(recipe)
+        plan = make_plan(loaded, resources, known=known)
+        console.print(headline(plan), markup=False, highlight=False, soft_wrap=True)
         models = _models(recipe)
         check_lengths(loaded.recipe, models["base"])
         check_disjoint(loaded.recipe)
         check_tokens(loaded.recipe)
         check_functions(loaded.recipe)
         folders = check_stages(recipe, folder, models, restart)
+        todo = [stage.name for stage, made in zip(recipe.stages, folders, strict=True) if not made.whole]
+        check_room(recipe, known, resources, todo)
         with (
             Display(console) as display,
             Interrupts(display.say) as interrupts,
@@ -78,7 +86,16 @@ def run_recipe(
         ):
             write_inputs(folder, loaded)
             run = Surroundings(
-                recipe, folder, models, resources.cpus, launcher, display, interrupts, sinks, recorder.working_on
+                recipe=recipe,
+                folder=folder,
+                models=models,
+                cpus=resources.cpus,
+                launcher=launcher,
+                display=display,
+                interrupts=interrupts,
+                sink=sinks,
+                working_on=recorder.working_on,
+                usual_length=plan.usual_length,
             )
             run_stages(run, folders)
         _show_result(recipe, folder, console)
@@ -104,6 +121,18 @@ def check_lengths(recipe: Recipe, base: Path) -> None:
                 f"stages.{stage.name}: max_prompt_tokens + max_response_tokens = {length}, but {recipe.model.path}"
                 f" has {positions} positions; lower one of them"
             )
+
+
+def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collection[str]) -> None:
+    """Raise ResourceError when a stage of `todo` wants more main memory than is free; a cluster's is not known here."""
+    if recipe.ray.address is not None or resources.free_bytes is None or not todo:
+        return
+    try:
+        check_main_memory(recipe, known.shapes, known.measured, resources.free_bytes, todo)
+    except ResourceError as error:
+        if recipe.on_low_memory == "stop":
+            raise
+        log.warning("%s", error)
 
 
 def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:

@@ -51,8 +51,8 @@ STAGES: dict[str, Callable[[Any, StageContext], Summary]] = {
 class Surroundings:
     """What all stages of a run share.
 
-    `models` maps `base` and the recipe's checkpoints to their folders; `working_on` is called with the name of each
-    stage that a process begins to work on.
+    `models` maps `base` and the recipe's checkpoints to their folders; `usual_length` is as in
+    `StageContext`; `working_on` is called with the name of each stage that a process begins to work on.
     """
 
     recipe: Recipe
@@ -64,6 +64,7 @@ class Surroundings:
     interrupts: Interrupts
     sink: Sink | None
     working_on: Callable[[str], None]
+    usual_length: int | None = None
 
 
 def check_stages(
@@ -149,6 +150,7 @@ def _context(run: Surroundings, stage: Stage, made: StageFolder, outputs: Mappin
         threads=threads(run.recipe, stage, int(run.cpus)),
         max_length=longest(run.recipe),
         devices=accelerators(run.recipe, stage) or run.cpus,
+        usual_length=run.usual_length,
         recovery=StageRecovery(place / STATES, made.key, made.content, run.recipe.recovery, tracker, run.interrupts),
     )
 

@@ -16,6 +16,7 @@ from rlhf.engines.learner import ModelLearner
 from rlhf.engines.objectives import RewardModel, Sft
 from rlhf.engines.preference_objectives import Preference
 from rlhf.models.tuning import unwrapped
+from rlhf.recipe.schedule import pass_tokens
 from rlhf.types import Experience, PreferenceBatch, TokenBatch
 
 ROWS = {"cpu": 16, "cuda": 128}
@@ -64,7 +65,7 @@ def learner_spec(kind: LearnerKind, setting: Setting) -> LearnerSpec:
         tuning=stage.tuning or setting.recipe.tuning,
         optimizer=stage.optimizer,
         head_learning_rate=getattr(stage, "head_learning_rate", None),
-        max_tokens_per_microbatch=stage.max_tokens_per_microbatch,
+        max_tokens_per_microbatch=pass_tokens(setting.recipe, stage),
         temperature=getattr(stage, "temperature", 1.0),
         threads=setting.threads(kind),
         seed=setting.recipe.seed,

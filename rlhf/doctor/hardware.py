@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf.allocator import allocator
 from rlhf.doctor.check import Check
+from rlhf.recipe.main_memory import main_memory
 
 GIB = 2**30
 QUICKSTART = 8 * GIB
@@ -123,15 +124,12 @@ def folder_check(name: str, folder: Path) -> Check:
 
 def check_hardware(output: Path, cache: Path, cuda: str, seen: int) -> Iterator[Check]:
     """Check this machine; `cuda` and `seen` are what torch says of its build and GPUs."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    limit = _number("/sys/fs/cgroup/memory.max") or _number("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    memory = main_memory()
     shm = Path("/dev/shm")
     yield thread_check(os.environ, len(os.sched_getaffinity(0)), _cpu_quota())
     yield allocator_check(os.environ, _text("/sys/kernel/mm/transparent_hugepage/enabled"))
     yield gpu_check(os.environ, _driver(), cuda, seen)
-    yield memory_check(memory.total, limit, memory.available)
+    yield memory_check(memory.total, memory.limit, memory.free)
     yield shared_memory_check(shutil.disk_usage(shm).total if shm.is_dir() else None)
     yield folder_check("run folder", output)
     yield folder_check("cache", cache)
@@ -155,11 +153,6 @@ def _cpu_quota() -> float | None:
     if not quota:
         quota, period = (_text(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
-
-
-def _number(path: str) -> int | None:
-    text = _text(path)
-    return int(text) if text.isdecimal() else None
 
 
 def _text(path: str) -> str:

@@ -52,7 +52,8 @@ class LearnerSpec:
 class RolloutSpec:
     """All that is needed to build a rollout engine in any process; `max_length` is prompt + response tokens.
 
-    `lora` is the largest adapter that the engine must serve; None where the policy's weights come merged.
+    `usual_length` is what the longest sequence of the data is expected to have, for which memory is set aside; None is
+    `max_length`. `lora` is the largest adapter that the engine must serve; None where the policy's weights come merged.
     """
 
     checkpoint: Path
@@ -62,6 +63,7 @@ class RolloutSpec:
     threads: int
     seed: int
     lora: Lora | None = None
+    usual_length: int | None = None
 
 
 class Objective(Protocol[B_contra]):

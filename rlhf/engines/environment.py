@@ -15,13 +15,11 @@ def vllm_environment(spec: RolloutSpec) -> dict[str, str]:
     """Return the environment of a process that runs vLLM, to be set before torch and vllm are imported.
 
     Engine inside the process (a synchronous LLM hangs when its engine process dies), threads not pinned to cores
-    that other roles use too, KV cache of a fixed size on CPU, no hub, no telemetry, errors only on the console.
+    that other roles use too, no hub, no telemetry, errors only on the console.
     """
-    cache = engine_memory(read_shape(spec.checkpoint), spec.dtype, spec.role, spec.max_length, None).room
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(cache >> 30),
         "OMP_NUM_THREADS": str(spec.threads),
         "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
@@ -30,3 +28,9 @@ def vllm_environment(spec: RolloutSpec) -> dict[str, str]:
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
+
+
+def cpu_cache_bytes(spec: RolloutSpec) -> int:
+    """Return the bytes of the KV cache of an engine on the CPU."""
+    shape = read_shape(spec.checkpoint)
+    return engine_memory(shape, spec.dtype, spec.role, spec.max_length, None, spec.usual_length).room

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.engines.adapter import ArrivingAdapter, adapter_settings, serves_adapters
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.environment import vllm_environment
+from rlhf.engines.environment import cpu_cache_bytes, vllm_environment
 from rlhf.engines.gate import Gate
 from rlhf.engines.served import Backend, ServedWeights, Transport
 from rlhf.engines.shared_memory import Inbox, folder_weights, send
@@ -83,6 +83,7 @@ class VllmEngine:
                 distributed_executor_backend="uni" if spec.role.tensor_parallel == 1 else "mp",
                 gpu_memory_utilization=spec.role.gpu_memory_utilization,
                 enforce_eager=on_cpu,
+                kv_cache_memory_bytes=cpu_cache_bytes(spec) if on_cpu else None,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=self.backend),
                 enable_sleep_mode=self.sleeps,

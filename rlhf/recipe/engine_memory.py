@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlhf.recipe.devices import Device
 from rlhf.recipe.memory import CONTEXT, FLOAT, Memory
 from rlhf.recipe.model_shape import BYTES, Dtype, ModelShape
 from rlhf.recipe.role_schema import RolloutRole
+
+BLOCK = 128
+"""Tokens in one block of vLLM's KV cache on the CPU."""
 
 BATCHED_TOKENS = 8192
 """Prompt tokens that vLLM passes through the model at once, by default."""
@@ -31,22 +35,30 @@ class EngineMemory:
     least: int
 
 
-def cache_gib(needed: int) -> int:
-    """Return the whole GiB that a KV cache on the CPU gets for `needed` bytes: at most an eighth of main memory."""
+def cpu_cache(sequences: int, usual: int, length: int, token: int) -> int:
+    """Return the bytes of a KV cache on the CPU, where a token takes `token` bytes.
+
+    It holds `sequences` of `usual` tokens, in blocks of `BLOCK`, as far as an eighth of main memory goes, and always
+    one sequence of `length` tokens, without which vLLM does not start.
+    """
     import psutil
 
-    return max(1, min(-(-needed // 2**30), psutil.virtual_memory().total // 8 >> 30))
+    block = BLOCK * token
+    wanted = sequences * math.ceil(usual / BLOCK) * block
+    least = math.ceil(length / BLOCK) * block
+    return max(least, min(wanted, psutil.virtual_memory().total // 8 // block * block)) + block  # one is never used
 
 
 def engine_memory(
-    shape: ModelShape, dtype: Dtype, role: RolloutRole, length: int, device: Device | None
+    shape: ModelShape, dtype: Dtype, role: RolloutRole, length: int, device: Device | None, usual: int | None = None
 ) -> EngineMemory:
-    """Estimate a replica that generates sequences of `length` tokens; `device` None is the CPU.
+    """Estimate a replica that generates sequences of at most `length` tokens; `device` None is the CPU.
 
     vLLM on a GPU takes `gpu_memory_utilization` of the device and gives the KV cache what weights, activations and
-    CUDA graphs leave of it; on the CPU it reserves `kv_cache_gib`, or `cache_gib`. transformers takes what its
-    sequences need.
+    CUDA graphs leave of it; on the CPU the cache gets `kv_cache_gib`, or `cpu_cache` for sequences of `usual` tokens
+    (unset: `length`). transformers takes what its sequences need.
     """
+    usual = min(usual or length, length)
     size, cut = BYTES[dtype], role.tensor_parallel
     weights = shape.parameters * size // cut
     token = shape.layers * 2 * shape.kv_width * size // min(cut, max(1, shape.kv_width * shape.heads // shape.q_width))
@@ -59,7 +71,8 @@ def engine_memory(
         awake = Memory(weights=weights, logits=logits, kv_cache=needed, buffers=context)
         return EngineMemory(awake, loaded, asleep, needed, needed, length * token)
     if device is None:
-        room = (role.kv_cache_gib or cache_gib(needed)) << 30
+        own = role.kv_cache_gib
+        room = round(own * 2**30) if own else cpu_cache(role.max_sequences, usual, length, token)
         awake = Memory(weights=weights, logits=logits, kv_cache=room)
         return EngineMemory(awake, Memory(weights=weights), asleep, room, needed, length * token)
     passes = BATCHED_TOKENS * size * (3 * shape.hidden + 3 * shape.intermediate // cut)

@@ -15,6 +15,7 @@ from rlhf.recipe.phases import Phase, RoleMemory, stage_memory, stage_phases
 from rlhf.recipe.placement import place
 from rlhf.recipe.resources import wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole, TrainedRole
+from rlhf.recipe.schedule import pass_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_schema import Stage
 
@@ -199,7 +200,7 @@ def _smaller_passes(recipe: Recipe, now: Fit) -> Iterator[tuple[str, Recipe]]:
     for index, stage in enumerate(recipe.stages):
         if now.peak and stage.name == now.peak.stage:
             for part in (2, 4):
-                tokens = max(1, stage.max_tokens_per_microbatch // part)
+                tokens = max(1, pass_tokens(recipe, stage) // part)
                 smaller = stage.model_copy(update={"max_tokens_per_microbatch": tokens})
                 stages = [*recipe.stages[:index], smaller, *recipe.stages[index + 1 :]]
                 text = f"stages.{stage.name}.max_tokens_per_microbatch: {tokens}"

@@ -67,15 +67,24 @@ def stage_phases(stage: Stage) -> tuple[Phase, ...]:
 
 
 def stage_memory(
-    recipe: Recipe, stage: Stage, shape: ModelShape, judge: ModelShape | None, device: Device | None
+    recipe: Recipe,
+    stage: Stage,
+    shape: ModelShape,
+    judge: ModelShape | None,
+    device: Device | None,
+    real: Recipe | None = None,
 ) -> dict[RoleName, RoleMemory]:
     """Estimate every role of a stage; `judge` is the shape of a language model that judges here.
+
+    `real` is the recipe with its limits lowered to the rows of its data (`narrowed`); without it all rows are as long
+    as allowed.
 
     Where the rollout engine shares the policy's GPUs they take turns: the policy leaves them while it generates, and
     the engine drops weights and KV cache while others work; to be published to, it wakes its weights alone. On GPUs of
     an unknown kind the engine's KV cache is what its sequences need.
     """
     phases = stage_phases(stage)
+    rows = next((other for other in real.stages if other.name == stage.name), stage) if real else stage
     found: dict[RoleName, RoleMemory] = {}
     for name, want in wanted(recipe, stage).items():
         shown = judge if name == "judge" and judge else shape
@@ -83,14 +92,21 @@ def stage_memory(
         here = device if want.gpus else None
         role = getattr(recipe.roles, name)
         if isinstance(role, RolloutRole):
-            length = _judge(stage).max_prompt_tokens + 1 if name == "judge" else longest(recipe)
-            engine = engine_memory(shown, recipe.model.dtype, role, length, here)
+            judging = name == "judge"
+            length = _judge(stage).max_prompt_tokens + 1 if judging else longest(recipe)
+            usual = None if judging or real is None else longest(real)
+            engine = engine_memory(shown, recipe.model.dtype, role, length, here, usual)
             if want.gpus and device is None:
                 engine = replace(engine, awake=replace(engine.awake, kv_cache=engine.needed), room=engine.needed)
             held = {phase: _engine_phase(engine, phase, want) for phase in phases}
             found[name] = RoleMemory(model, held, engine=engine)
         else:
-            memory = learner_memory(model, role_pass(stage, want.count), role_cut(role, want), bool(want.gpus))
+            memory = learner_memory(
+                model,
+                role_pass(recipe, stage if want.gpus else rows, want.count),
+                role_cut(role, want),
+                bool(want.gpus),
+            )
             turns = name == "policy" and bool(want.gpus) and recipe.roles.rollout.share == "policy"
             held = {phase: _learner_phase(memory, phase, want, turns, name == "policy") for phase in phases}
             found[name] = RoleMemory(model, held, memory.host)
@@ -105,10 +121,10 @@ def role_cut(role: ModelRole, want: Wanted) -> Cut:
     return Cut(role.ranks, role.zero_stage, offload, role.gradient_checkpointing)
 
 
-def role_pass(stage: Stage, ranks: int = 1) -> Pass:
+def role_pass(recipe: Recipe, stage: Stage, ranks: int = 1) -> Pass:
     """Return the largest micro-batch of a rank, with every token's logits: prompts may be short."""
-    tokens, width = microbatch_tokens(stage, ranks), row_tokens(stage)
-    rows = step_rows(stage) / ranks
+    tokens, width = microbatch_tokens(recipe, stage, ranks), row_tokens(stage)
+    rows = step_rows(recipe, stage) / ranks
     return Pass(tokens=tokens, width=width, scored=tokens, passes=max(1, math.ceil(rows * width / tokens)))
 
 

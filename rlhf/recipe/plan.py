@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from rlhf.errors import RlhfError
 from rlhf.recipe.base import LlmJudge
 from rlhf.recipe.check_tuning import check_model
 from rlhf.recipe.devices import Device
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
 from rlhf.recipe.fit import Fit, Shapes, check_memory, remedies
+from rlhf.recipe.host_fit import run_memory
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.memory import Memory
 from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.phases import Phase, stage_memory
+from rlhf.recipe.process_memory import HostMemory
 from rlhf.recipe.resources import Resources, processes, reference_in_policy, threads, wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole
-from rlhf.recipe.schedule import Schedule, schedule
+from rlhf.recipe.row_lengths import Measured, narrowed
+from rlhf.recipe.schedule import Schedule, longest, schedule
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds, method
 from rlhf.recipe.smallest import Smallest, smallest
@@ -50,10 +55,6 @@ class RolePlan:
         """The parts at the peak."""
         return self.phases[self.peak]
 
-    def main_memory(self, phase: Phase) -> int:
-        """Return the bytes of main memory of all its processes in a phase."""
-        return self.processes * (self.host_bytes + (0 if self.gpus else self.phases[phase].total))
-
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -65,17 +66,14 @@ class StagePlan:
     schedule: Schedule
     step: StepWork | None
     online: OnlineStep | None
-
-    @property
-    def main_memory(self) -> int:
-        """Bytes of main memory that its roles are estimated to need at once."""
-        phases = self.roles[0].phases if self.roles else ()
-        return max((sum(role.main_memory(phase) for role in self.roles) for phase in phases), default=0)
+    memory: HostMemory
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run; `processes` maps each role to where it runs, in words; `seconds` is a rough duration, where known.
+
+    `usual_length` is how many tokens the longest prompt of the data and a whole response have.
 
     With GPUs to plan for, `fit` says whether they hold it, `remedies` what would help, and `smallest` how few suffice.
     """
@@ -89,6 +87,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
     seconds: float | None
+    usual_length: int
     device: Device | None = None
     fit: Fit | None = None
     remedies: tuple[str, ...] = ()
@@ -96,18 +95,51 @@ class Plan:
     smallest: Smallest | None = None
 
 
-def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None = None, search: bool = False) -> Plan:
-    """Derive the plan of a recipe; the base model is fetched or converted for its config, no weight is loaded.
+@dataclass(frozen=True)
+class Known:
+    """What a plan is made from beside the recipe: the shapes of its models, and how long the rows of its data are."""
 
-    `device` is what each GPU is; `search` finds the fewest of them. Raises RecipeError when there is no such model.
+    shapes: Shapes
+    measured: Measured
+
+
+def look_up(recipe: Recipe) -> Known:
+    """Read the models' configs and measure the data; the base model is fetched or converted, no weight is loaded.
+
+    Without a tokenizer that can be loaded nothing is known of the data. Raises RecipeError when there is no such model.
     """
+    from rlhf.data.lengths import measured_lengths
     from rlhf.models.loading import resolve_model
+    from rlhf.models.tokenizer import load_tokenizer
 
+    folder = resolve_model(recipe.model)
+    shapes, measured = Shapes(read_shape(folder), _judges(recipe)), {}
+    with suppress(RlhfError):
+        measured = measured_lengths(recipe, load_tokenizer(folder))
+    return Known(shapes, measured)
+
+
+def make_plan(
+    loaded: LoadedRecipe,
+    resources: Resources,
+    device: Device | None = None,
+    search: bool = False,
+    known: Known | None = None,
+) -> Plan:
+    """Derive the plan of a recipe; `known` is `look_up` of the recipe with its seeds expanded, made here otherwise.
+
+    `device` is what each GPU is; `search` finds the fewest of them. Raises as `look_up` does.
+    """
     recipe = expand_seeds(loaded.recipe)
-    shapes = Shapes(read_shape(resolve_model(recipe.model)), _judges(recipe))
+    known = known or look_up(recipe)
+    shapes, real = known.shapes, narrowed(recipe, known.measured)
     check_model(recipe, shapes.base)
     fit = check_memory(recipe, shapes, device) if device else None
-    stages = tuple(_stage_plan(recipe, stage, shapes, int(resources.cpus), device) for stage in recipe.stages)
+    memory = run_memory(recipe, shapes, known.measured)
+    stages = tuple(
+        _stage_plan(recipe, stage, shapes, int(resources.cpus), device, real, held)
+        for stage, held in zip(recipe.stages, memory, strict=True)
+    )
     elsewhere = not resources.gpus and any(want.gpus for want in processes(recipe).values())
     return Plan(
         name=recipe.name,
@@ -117,8 +149,9 @@ def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None 
         resources=resources,
         processes=_places(recipe),
         stages=stages,
-        warnings=tuple(_warnings(recipe, stages, resources)),
+        warnings=tuple(_warnings(recipe, stages)),
         seconds=None if elsewhere else _seconds(recipe, shapes.base.parameters),
+        usual_length=longest(real),
         device=device,
         fit=fit,
         remedies=remedies(recipe, shapes, device) if device and fit and fit.problems else (),
@@ -176,9 +209,11 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
     return estimate_seconds(recipe, parameters, matmul_rate(recipe.model.dtype))
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device: Device | None) -> StagePlan:
+def _stage_plan(
+    recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device: Device | None, real: Recipe, held: HostMemory
+) -> StagePlan:
     cpu_threads = threads(recipe, stage, cores)
-    memory = stage_memory(recipe, stage, shapes.base, shapes.judges.get(stage.name), device)
+    memory = stage_memory(recipe, stage, shapes.base, shapes.judges.get(stage.name), device, real)
     roles = tuple(
         RolePlan(
             role=name,
@@ -195,7 +230,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device
         for name, want in wanted(recipe, stage).items()
     )
     online = online_step(recipe, stage, shapes.base, device) if isinstance(stage, OnlineStage) else None
-    return StagePlan(stage.name, stage.kind, roles, schedule(recipe, stage), step_work(recipe, stage), online)
+    return StagePlan(stage.name, stage.kind, roles, schedule(recipe, stage), step_work(recipe, stage), online, held)
 
 
 def _method(model: Model) -> str:
@@ -220,13 +255,10 @@ def _places(recipe: Recipe) -> dict[str, str]:
     return places
 
 
-def _warnings(recipe: Recipe, stages: tuple[StagePlan, ...], resources: Resources) -> list[str]:
+def _warnings(recipe: Recipe, stages: tuple[StagePlan, ...]) -> list[str]:
     """Return what will not stop the run at once but is likely to hurt it."""
     found = []
     for stage, plan in zip(recipe.stages, stages, strict=True):
-        if recipe.ray.address is None and plan.main_memory > resources.memory_bytes:
-            needed, there = gib(plan.main_memory), gib(resources.memory_bytes)
-            found.append(f"stage {stage.name} is estimated to need {needed} GiB of main memory, there are {there}")
         prompts = plan.schedule.get("prompts")
         if isinstance(stage, OnlineStage) and prompts is not None and prompts < stage.prompts_per_step:
             found.append(f"stage {stage.name} has {prompts} prompts but takes {stage.prompts_per_step} a step")

@@ -17,12 +17,14 @@ def render_plan(plan: Plan) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    largest = max(plan.stages, key=lambda stage: stage.main_memory)
+    largest = max((stage.memory for stage in plan.stages), key=lambda memory: memory.total)
+    parts = sorted(largest.parts.items(), key=lambda part: -part[1])
     there = plan.resources
     lines = [
         headline(plan),
         f"model: {plan.model}, {_count(plan.parameters)} parameters",
-        f"main memory: at most {gib(largest.main_memory)} GiB at once (stage {largest.name}), beside the libraries",
+        f"main memory: about {gib(largest.total)} GiB at once (stage {largest.stage}, {largest.phase}): "
+        + ", ".join(f"{name} {gib(size)}" for name, size in parts),
         f"available: {there.cpus:g} CPUs, {there.gpus:g} GPUs, {gib(there.memory_bytes)} GiB",
         *_device_lines(plan),
         *(f"warning: {text}" for text in plan.warnings),
@@ -91,7 +93,8 @@ def _role_table(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     caption = (
-        "GiB of each process (of an engine: on each GPU) in its fullest phase, all rows as long as allowed; "
+        "GiB of each process (of an engine: on each GPU) in its fullest phase, with rows as long as the data's on the CPU "
+        "and as long as allowed on GPUs; "
         "opt: masters and moments, rest: allocator, buffers, CUDA"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)

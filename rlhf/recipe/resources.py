@@ -9,6 +9,7 @@ from typing import get_args
 
 from rlhf.errors import ResourceError
 from rlhf.recipe.base import LlmJudge, ModelJudge
+from rlhf.recipe.main_memory import main_memory
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName, RolloutRole
@@ -27,11 +28,12 @@ from rlhf.recipe.tuning_support import support
 
 @dataclass(frozen=True)
 class Resources:
-    """What there is: CPU cores, accelerators and main memory."""
+    """What there is: CPU cores, accelerators, main memory, and how much of it is free, where that is known."""
 
     cpus: float
     gpus: float
     memory_bytes: int
+    free_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Wanted:
 
 def local_resources() -> Resources:
     """Return what this process may use on this machine."""
-    import psutil
     import torch
 
-    return Resources(len(os.sched_getaffinity(0)), torch.cuda.device_count(), psutil.virtual_memory().total)
+    memory = main_memory()
+    return Resources(len(os.sched_getaffinity(0)), torch.cuda.device_count(), memory.usable, memory.free)
 
 
 def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:

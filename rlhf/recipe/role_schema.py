@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf.recipe.base import Strict
 
@@ -75,10 +75,10 @@ class RolloutRole(Role):
         default_factory=lambda role: 256 if role.get("gpus") or role.get("share") else 64,
         description="sequences generated at once by one replica; unset is 64 on the CPU and 256 on a GPU",
     )
-    kv_cache_gib: PositiveInt | None = Field(
+    kv_cache_gib: PositiveFloat | None = Field(
         None,
-        description="KV cache per replica on CPU, whole GiB; unset is what max_sequences sequences of full length "
-        "need, at most an eighth of main memory",
+        description="KV cache per replica on CPU, in GiB; unset is what max_sequences sequences as long as the data's "
+        "longest prompt and a whole response need, at most an eighth of main memory",
     )
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     weights: Literal["merged", "adapter"] = Field(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from rlhf.recipe.base import HubData, PathData, StageData
 from rlhf.recipe.online_schema import OnlineDpoStage, OnlineStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
+from rlhf.recipe.resources import wanted
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import StageBase, Training
 from rlhf.recipe.stage_schema import (
@@ -21,6 +22,9 @@ from rlhf.recipe.stage_schema import (
 )
 
 Schedule = Mapping[str, int]
+
+GPU_PASS, CPU_PASS = 4096, 512
+"""Tokens that go through a model at once. On a CPU matrix products of 512 rows reach the rate of larger ones."""
 
 FEWEST_ROWS = 20
 """An SFT stage with fewer rows trains on all of them."""
@@ -96,12 +100,20 @@ def sequence_tokens(stage: StageBase) -> int:
     return 0
 
 
+def pass_tokens(recipe: Recipe, stage: Stage) -> int:
+    """Return the tokens that may go through a model at once: the stage's own, or what suits the device."""
+    if stage.max_tokens_per_microbatch is not None:
+        return stage.max_tokens_per_microbatch
+    models = [role for name, role in wanted(recipe, stage).items() if name not in ("rollout", "judge")]
+    return GPU_PASS if any(role.gpus for role in models) else CPU_PASS
+
+
 def row_tokens(stage: Stage) -> int:
     """Return the most tokens of one row that a model of the stage trains on or scores."""
     return stage.max_length if isinstance(stage, Training) else sequence_tokens(stage)
 
 
-def step_rows(stage: Stage) -> int:
+def step_rows(recipe: Recipe, stage: Stage) -> int:
     """Return the rows, both sides of each pair, of one optimizer step over all ranks; of a stage without, of a pass."""
     match stage:
         case SftStage() | ClassifyStage() | KtoStage():
@@ -111,11 +123,12 @@ def step_rows(stage: Stage) -> int:
         case OnlineStage():
             return stage.minibatch_size * (2 if isinstance(stage, OnlineDpoStage) else 1)
         case _:
-            return max(1, stage.max_tokens_per_microbatch // sequence_tokens(stage))
+            return max(1, pass_tokens(recipe, stage) // sequence_tokens(stage))
 
 
-def microbatch_tokens(stage: Stage, ranks: int = 1) -> int:
+def microbatch_tokens(recipe: Recipe, stage: Stage, ranks: int = 1) -> int:
     """Return the most tokens of one forward or backward pass of a rank; a row over the budget passes alone."""
+    budget = pass_tokens(recipe, stage)
     match stage:
         case SftStage() | ClassifyStage() | KtoStage():
             row, rows = stage.max_length, stage.batch_size
@@ -124,8 +137,8 @@ def microbatch_tokens(stage: Stage, ranks: int = 1) -> int:
         case OnlineStage():
             row, rows = sequence_tokens(stage), stage.prompts_per_step * stage.samples_per_prompt
         case _:
-            return max(sequence_tokens(stage), stage.max_tokens_per_microbatch)
-    return max(row, min(row * math.ceil(rows / ranks), stage.max_tokens_per_microbatch))
+            return max(sequence_tokens(stage), budget)
+    return max(row, min(row * math.ceil(rows / ranks), budget))
 
 
 def _rows(data: PathData | HubData, name: str = "rows") -> dict[str, int]:

@@ -103,5 +103,8 @@ class Recipe(Strict):
     on_diagnosis: Literal["warn", "stop"] = Field(
         "warn", description="what a diagnosis like a KL blow-up does to a stage that trains"
     )
+    on_low_memory: Literal["stop", "warn"] = Field(
+        "stop", description="what becomes of a run on this machine that is estimated to need more memory than is free"
+    )
     output_dir: Path = Field(Path("runs"), description="run folders are made here, relative to the working directory")
     stages: list[Stage] = Field(min_length=1)

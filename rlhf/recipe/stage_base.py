@@ -19,8 +19,10 @@ class StageBase(Strict):
 
     name: str = Field(pattern=NAME)
     seed: int | None = Field(None, ge=0, lt=2**31, description="overrides the recipe's `seed` for this stage")
-    max_tokens_per_microbatch: PositiveInt = Field(
-        4096, description="tokens in one forward/backward pass; results do not depend on it"
+    max_tokens_per_microbatch: PositiveInt | None = Field(
+        None,
+        description="tokens in one forward/backward pass; results do not depend on it; unset is 4096 on a GPU and "
+        "512 on the CPU, where larger passes take more memory and are not faster",
     )
 
 

@@ -51,7 +51,7 @@ def step_work(recipe: Recipe, stage: Stage) -> StepWork | None:
     if stage.kind in ("annotate", "synthesize", "compare"):
         return None
     ranks = process_count(recipe, name)
-    rows, tokens = math.ceil(step_rows(stage) / ranks), microbatch_tokens(stage, ranks)
+    rows, tokens = math.ceil(step_rows(recipe, stage) / ranks), microbatch_tokens(recipe, stage, ranks)
     at_once = max(1, tokens // row_tokens(stage))
     return StepWork(ranks, rows, math.ceil(rows / at_once), min(rows, at_once) * row_tokens(stage))
 
@@ -60,7 +60,7 @@ def online_step(recipe: Recipe, stage: AnyOnlineStage, shape: ModelShape, device
     """Return a step's tokens with every sequence at full length, and its seconds on GPUs of one kind."""
     sequences = stage.prompts_per_step * stage.samples_per_prompt
     trained = 2 * stage.prompts_per_step if isinstance(stage, OnlineDpoStage) else sequences
-    minibatches = math.ceil(trained / step_rows(stage))
+    minibatches = math.ceil(trained / step_rows(recipe, stage))
     scorers = 1 + sum(name != "rollout" for name in wanted(recipe, stage))
     return OnlineStep(
         generated_tokens=sequences * stage.max_response_tokens,

@@ -22,7 +22,7 @@ import psutil
 
 from rlhf.activity import activity
 from rlhf.engines.base import RolloutSpec
-from rlhf.engines.environment import vllm_environment
+from rlhf.engines.environment import cpu_cache_bytes, vllm_environment
 from rlhf.errors import ResourceError, TrainingError
 from rlhf.recipe.role_schema import RolloutRole
 from rlhf.serving.gate import HEALTH, HOSTS, KEY
@@ -221,9 +221,13 @@ def arguments(serving: Serving, endpoint: Endpoint, limits: Limits) -> list[str]
         *("--max-model-len", str(limits.max_length or "auto")),
         *("--middleware", "rlhf.serving.gate.Gate"),
         *("--disable-fastapi-docs", "--disable-uvicorn-access-log", "--uvicorn-log-level", "error"),
-        *(() if Path("/dev/nvidiactl").exists() else ("--enforce-eager",)),
+        *(() if Path("/dev/nvidiactl").exists() else _on_cpu(serving, limits)),
         *((*lora, "--lora-modules", *adapters) if adapters else ()),
     ]
+
+
+def _on_cpu(serving: Serving, limits: Limits) -> tuple[str, ...]:
+    return "--enforce-eager", "--kv-cache-memory-bytes", str(cpu_cache_bytes(_spec(serving.folder, limits)))
 
 
 def environment(serving: Serving, endpoint: Endpoint, limits: Limits) -> Mapping[str, str]:

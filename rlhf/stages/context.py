@@ -16,6 +16,7 @@ from rlhf.recipe.base import FunctionJudge, HttpJudge, Judge, LlmJudge, ModelJud
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.preference_schema import PreferenceStage
 from rlhf.recipe.role_schema import RoleName
+from rlhf.recipe.schedule import pass_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import MARK
 from rlhf.recipe.stage_schema import CompareStage, Stage
@@ -44,7 +45,8 @@ class StageContext:
     """One stage's surroundings.
 
     `outputs` maps `base`, the recipe's `checkpoints` and each finished stage to its folder; `devices` counts the
-    accelerators (CPU cores where there are none) that the stage holds.
+    accelerators (CPU cores where there are none) that the stage holds. `usual_length` is the length of the longest
+    sequence that the run's prompts can grow to.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class StageContext:
     max_length: int
     devices: float
     recovery: StageRecovery
+    usual_length: int | None = None
 
     def seed(self, *parts: str | int) -> int:
         """Return a seed for one purpose inside this stage."""
@@ -137,7 +140,7 @@ class StageContext:
             tuning=None,
             optimizer=None,
             head_learning_rate=None,
-            max_tokens_per_microbatch=self.stage.max_tokens_per_microbatch,
+            max_tokens_per_microbatch=pass_tokens(self.recipe, self.stage),
             temperature=temperature,
             threads=self.threads[role],
             seed=self.seed("model", role),
@@ -156,6 +159,7 @@ class StageContext:
             threads=self.threads["rollout"],
             seed=self.recipe.seed,
             lora=largest_adapter(self.recipe) if self.recipe.roles.rollout.weights == "adapter" else None,
+            usual_length=self.usual_length,
         )
 
     def judge(self, judge: Judge, pad_id: int) -> RewardSource:

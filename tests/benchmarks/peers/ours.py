@@ -36,12 +36,12 @@ from rlhf.engines.preference_objectives import Preference
 from rlhf.engines.shares import token_scores
 from rlhf.recipe.base import Optimizer
 from rlhf.recipe.role_schema import RoleName
-from rlhf.recipe.stage_base import StageBase
+from rlhf.recipe.schedule import CPU_PASS
 from rlhf.recipe.tuning_schema import Full
 from rlhf.types import Experience, PreferenceBatch, Rows, TokenBatch, TokenScores
 from tests.benchmarks.peers.task import BETA, LEARNING_RATE, PAD, Example, Outcome, Task, reward_of
 
-PASS_TOKENS = StageBase.model_fields["max_tokens_per_microbatch"].default
+PASS_TOKENS = CPU_PASS
 
 
 def learner(task: Task, role: RoleName, kind: Literal["causal", "scalar"], trained: bool = True) -> ModelLearner:
