@@ -150,7 +150,7 @@ def make_plan(
         processes=_places(recipe),
         stages=stages,
         warnings=tuple(_warnings(recipe, stages)),
-        seconds=None if elsewhere else _seconds(recipe, shapes.base.parameters),
+        seconds=None if elsewhere else _seconds(recipe, known),
         usual_length=longest(real),
         device=device,
         fit=fit,
@@ -202,11 +202,11 @@ def _judges(recipe: Recipe) -> dict[str, ModelShape]:
     return {name: read_shape(resolve_judge(model)) for name, model in local.items()}
 
 
-def _seconds(recipe: Recipe, parameters: int) -> float | None:
+def _seconds(recipe: Recipe, known: Known) -> float | None:
     """Return the estimate for this machine; a cluster's speed is not known from here."""
     if recipe.ray.address is not None:
         return None
-    return estimate_seconds(recipe, parameters, matmul_rate(recipe.model.dtype))
+    return estimate_seconds(recipe, known.shapes.base, matmul_rate(recipe.model.dtype), known.measured)
 
 
 def _stage_plan(

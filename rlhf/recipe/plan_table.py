@@ -93,9 +93,8 @@ def _role_table(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     caption = (
-        "GiB of each process (of an engine: on each GPU) in its fullest phase, with rows as long as the data's on the CPU "
-        "and as long as allowed on GPUs; "
-        "opt: masters and moments, rest: allocator, buffers, CUDA"
+        "GiB of each process (of an engine: on each GPU) in its fullest phase, with rows as long as the data's on the "
+        "CPU and as long as allowed on GPUs; opt: masters and moments, rest: allocator, buffers, CUDA"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
     table.add_column("stage, role", no_wrap=True)

@@ -8,6 +8,7 @@ from rlhf.recipe.plan import headline, make_plan
 from rlhf.recipe.resources import Resources
 from rlhf.recipe.seeds import expand_seeds, method
 from tests.recipe.conftest import TEXT
+from tests.recipe.test_recipe_duration import SHAPE
 
 SEEDS = TEXT.replace("stages:\n", "seeds: [4, 9]\nstages:\n", 1)
 
@@ -71,4 +72,4 @@ def test_the_plan_names_a_method_once(folder):
 def test_a_budget_bounds_the_estimated_duration(folder):
     free = folder.load(SEEDS.replace("steps: 3", "steps: 3000")).recipe
     bound = folder.load(SEEDS.replace("steps: 3", "steps: 3000"), "budget={gradient_tokens: 10000}").recipe
-    assert estimate_seconds(bound, 10**6, 1e9) < 0.1 * estimate_seconds(free, 10**6, 1e9)
+    assert estimate_seconds(bound, SHAPE, 1e6, {}) < 0.1 * estimate_seconds(free, SHAPE, 1e6, {})
