@@ -13,7 +13,7 @@ from rlhf.recipe.resources import processes
 from rlhf.recipe.row_lengths import Measured
 from rlhf.recipe.schedule import row_count
 from rlhf.recipe.schema import Recipe
-from rlhf.recipe.stage_base import Training
+from rlhf.recipe.stage_base import StageBase, Training
 from rlhf.recipe.stage_schema import (
     AnnotateStage,
     ClassifyStage,
@@ -167,7 +167,7 @@ def _data(recipe: Recipe, stage: Training, measured: Measured) -> tuple[float, f
     return tokens + both * answers, both * answers
 
 
-def _file_tokens(stage: Stage, key: str, measured: Measured) -> float | None:
+def _file_tokens(stage: StageBase, key: str, measured: Measured) -> float | None:
     """Return the tokens of the rows of a stage's file, each through a model once."""
     data = getattr(stage, key)
     rows = row_count(data)

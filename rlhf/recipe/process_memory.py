@@ -98,7 +98,7 @@ def _shared(
 
     PPO's critic starts from the reward model, and with adapters neither of them changes these weights.
     """
-    found: dict[str, int] = dict(held)
+    found: dict[str, int] = {**held}
     if not (isinstance(stage, PpoStage) and isinstance(stage.reward, ModelJudge)):
         return found
     critic, reward = roles[stage.name]["critic"], roles[stage.name]["reward"]

@@ -68,9 +68,7 @@ def test_pairs_share_their_prompt_and_every_model_of_ppo_counts():
     rollouts = ppo.steps * ppo.prompts_per_step
     assert work["ppo"].generated == pytest.approx(rollouts * answer)
     assert work["ppo"].trained == pytest.approx(2 * ppo.epochs * rollouts * (20 + answer))  # policy and critic
-    assert work["ppo"].scored == pytest.approx(
-        4 * rollouts * (20 + answer)
-    )  # those, the reference and the reward model
+    assert work["ppo"].scored == pytest.approx(4 * rollouts * (20 + answer))  # and reference, reward model
     assert work["duel"].generated == pytest.approx(3 * 128 * answer)
 
 
