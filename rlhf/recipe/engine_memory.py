@@ -73,8 +73,9 @@ def engine_memory(
     if device is None:
         own = role.kv_cache_gib
         room = round(own * 2**30) if own else cpu_cache(role.max_sequences, usual, length, token)
-        awake = Memory(weights=weights, logits=logits, kv_cache=room)
-        return EngineMemory(awake, Memory(weights=weights), asleep, room, needed, length * token)
+        packed = size * shape.vocabulary * shape.hidden  # the head as the CPU's products want it
+        awake = Memory(weights=weights, logits=logits, kv_cache=room, buffers=packed)
+        return EngineMemory(awake, Memory(weights=weights, buffers=packed), asleep, room, needed, length * token)
     passes = BATCHED_TOKENS * size * (3 * shape.hidden + 3 * shape.intermediate // cut)
     buffers = context + GRAPHS
     room = int(role.gpu_memory_utilization * device.memory) - weights - passes - logits - buffers

@@ -17,7 +17,7 @@ MIB = 1 << 20
 CONTROLLER, RAY = 560 * MIB, 370 * MIB
 """Proportional set sizes of the command itself, and of Ray's own processes on one machine."""
 
-LEARNER, ENGINE = 310 * MIB, 460 * MIB
+LEARNER, ENGINE = 330 * MIB, 870 * MIB
 """The libraries of a process that learns or scores, and of one that generates with vLLM."""
 
 FUNCTION = 65 * MIB
@@ -98,7 +98,7 @@ def _shared(
 
     PPO's critic starts from the reward model, and with adapters neither of them changes these weights.
     """
-    found: dict[str, int] = {**held}
+    found: dict[str, int] = {str(name): size for name, size in held.items()}
     if not (isinstance(stage, PpoStage) and isinstance(stage.reward, ModelJudge)):
         return found
     critic, reward = roles[stage.name]["critic"], roles[stage.name]["reward"]

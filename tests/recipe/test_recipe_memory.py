@@ -173,7 +173,8 @@ def test_engine_by_hand():
     halves = engine_memory(SHAPE, "bfloat16", role.model_copy(update={"tensor_parallel": 2}), 100, device)
     assert (halves.awake.weights, found.awake.weights) == (1000, 2000)
     on_cpu = engine_memory(SHAPE, "bfloat16", RolloutRole(max_sequences=8, kv_cache_gib=2), 100, None)
-    assert on_cpu.awake == Memory(weights=2000, logits=8 * 8 * 20, kv_cache=2 << 30)
+    head = 2 * 20 * SHAPE.hidden  # packed once more
+    assert on_cpu.awake == Memory(weights=2000, logits=8 * 8 * 20, kv_cache=2 << 30, buffers=head)
     plain = engine_memory(SHAPE, "bfloat16", RolloutRole(engine="transformers", max_sequences=8), 100, None)
     assert plain.awake.kv_cache == found.needed
 
