@@ -77,7 +77,7 @@ def run_recipe(
         check_functions(loaded.recipe)
         folders = check_stages(recipe, folder, models, restart)
         todo = [stage.name for stage, made in zip(recipe.stages, folders, strict=True) if not made.whole]
-        check_room(recipe, known, resources, todo)
+        check_room(recipe, known, resources, todo, console)
         with (
             Display(console) as display,
             Interrupts(display.say) as interrupts,
@@ -123,7 +123,7 @@ def check_lengths(recipe: Recipe, base: Path) -> None:
             )
 
 
-def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collection[str]) -> None:
+def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collection[str], console: Console) -> None:
     """Raise ResourceError when a stage of `todo` wants more main memory than is free; a cluster's is not known here."""
     if recipe.ray.address is not None or resources.free_bytes is None or not todo:
         return
@@ -133,6 +133,7 @@ def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collect
         if recipe.on_low_memory == "stop":
             raise
         log.warning("%s", error)
+        console.print(f"warning: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_result(recipe: Recipe, folder: Path, console: Console) -> None:

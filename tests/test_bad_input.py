@@ -141,6 +141,21 @@ def test_more_gpus_than_there_are(folder):
     assert "Lower roles.*.gpus, share roles, or use a larger machine or cluster" in message
 
 
+def test_less_memory_than_the_run_needs(folder, monkeypatch):
+    little = replace(local_resources(), cpus=1, free_bytes=300 << 20)
+    monkeypatch.setattr("rlhf.recipe_run.local_resources", lambda: little)
+    message = refusal(4, HEAD + PPO)
+    assert message.startswith("stage ppo is estimated to need ")
+    assert "GiB of main memory to " in message
+    assert "and 0.3 GiB are free" in message
+    assert not (folder / "out" / "recipe.yaml").exists()
+    result = CliRunner().invoke(main, arguments(HEAD + PPO, "on_low_memory=warn", "stages.ppo.steps=1"))
+    assert result.exit_code == 0
+    assert "0.3 GiB are free" in result.stdout + result.stderr
+    again = CliRunner().invoke(main, arguments(HEAD + PPO, "stages.ppo.steps=1"))
+    assert again.exit_code == 0  # all is done, so nothing needs memory
+
+
 def test_a_cluster_that_is_not_there(folder):
     message = refusal(4, HEAD + PPO, "ray.address=127.0.0.1:9", local=False)
     assert message.startswith("ray.address: cannot join a Ray cluster at 127.0.0.1:9: ")
