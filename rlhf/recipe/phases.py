@@ -84,7 +84,7 @@ def stage_memory(
         role = getattr(recipe.roles, name)
         if isinstance(role, RolloutRole):
             length = _judge(stage).max_prompt_tokens + 1 if name == "judge" else longest(recipe)
-            engine = engine_memory(shown, recipe.model.dtype, role, length, here)
+            engine = engine_memory(shown, recipe.model.precision, role, length, here)
             if want.gpus and device is None:
                 engine = replace(engine, awake=replace(engine.awake, kv_cache=engine.needed), room=engine.needed)
             held = {phase: _engine_phase(engine, phase, want) for phase in phases}
@@ -124,7 +124,7 @@ def role_model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) 
     key = "critic_tuning" if isinstance(stage, PpoStage) and role == "critic" else "tuning"
     chosen = getattr(stage, key, None)
     scalar = role in ("reward", "critic") or isinstance(stage, ClassifyStage)  # one row for each label, counted as one
-    return Model(shape, recipe.model.dtype, scalar, chosen or recipe.tuning if trained else None)
+    return Model(shape, recipe.model.precision, scalar, chosen or recipe.tuning if trained else None)
 
 
 def _judge(stage: Stage) -> LlmJudge:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from rlhf.recipe.base import LlmJudge
+from rlhf.recipe.base import Dtype, LlmJudge
 from rlhf.recipe.check_tuning import check_model
 from rlhf.recipe.devices import Device
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
@@ -16,7 +16,7 @@ from rlhf.recipe.memory import Memory
 from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.phases import Phase, stage_memory
-from rlhf.recipe.resources import Resources, processes, reference_in_policy, threads, wanted
+from rlhf.recipe.resources import Resources, on_gpu, processes, reference_in_policy, threads, wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.schedule import Schedule, schedule
 from rlhf.recipe.schema import Recipe
@@ -83,12 +83,14 @@ class Plan:
     name: str
     backend: str
     model: str
+    dtype: Dtype
     parameters: int
     resources: Resources
     processes: dict[str, str]
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
     seconds: float | None
+    notes: tuple[str, ...] = ()
     device: Device | None = None
     fit: Fit | None = None
     remedies: tuple[str, ...] = ()
@@ -99,7 +101,7 @@ class Plan:
 def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None = None, search: bool = False) -> Plan:
     """Derive the plan of a recipe; the base model is fetched or converted for its config, no weight is loaded.
 
-    `device` is what each GPU is; `search` finds the fewest of them. Raises RecipeError when there is no such model.
+    Its dtype is decided (`rlhf.recipe.dtype`). `device` is what each GPU is; `search` finds the fewest of them. Raises RecipeError when there is no such model.
     """
     from rlhf.models.loading import resolve_model
 
@@ -113,12 +115,13 @@ def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None 
         name=recipe.name,
         backend=recipe.backend,
         model=recipe.model.path,
+        dtype=recipe.model.precision,
         parameters=shapes.base.parameters,
         resources=resources,
         processes=_places(recipe),
         stages=stages,
         warnings=tuple(_warnings(recipe, stages, resources)),
-        seconds=None if elsewhere else _seconds(recipe, shapes.base.parameters),
+        seconds=None if elsewhere else _seconds(recipe, shapes.base.parameters, resources.gpus),
         device=device,
         fit=fit,
         remedies=remedies(recipe, shapes, device) if device and fit and fit.problems else (),
@@ -169,11 +172,12 @@ def _judges(recipe: Recipe) -> dict[str, ModelShape]:
     return {name: read_shape(resolve_judge(model)) for name, model in local.items()}
 
 
-def _seconds(recipe: Recipe, parameters: int) -> float | None:
+def _seconds(recipe: Recipe, parameters: int, gpus: float) -> float | None:
     """Return the estimate for this machine; a cluster's speed is not known from here."""
     if recipe.ray.address is not None:
         return None
-    return estimate_seconds(recipe, parameters, matmul_rate(recipe.model.dtype))
+    fast = any(on_gpu(recipe, role, gpus > 0) for role in processes(recipe).values())
+    return estimate_seconds(recipe, parameters, matmul_rate(recipe.model.precision, fast))
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, shapes: Shapes, cores: int, device: Device | None) -> StagePlan:

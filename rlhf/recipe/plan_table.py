@@ -21,7 +21,8 @@ def render_plan(plan: Plan) -> RenderableType:
     there = plan.resources
     lines = [
         headline(plan),
-        f"model: {plan.model}, {_count(plan.parameters)} parameters",
+        f"model: {plan.model}, {_count(plan.parameters)} parameters in {plan.dtype}",
+        *plan.notes,
         f"main memory: at most {gib(largest.main_memory)} GiB at once (stage {largest.name}), beside the libraries",
         f"available: {there.cpus:g} CPUs, {there.gpus:g} GPUs, {gib(there.memory_bytes)} GiB",
         *_device_lines(plan),
