@@ -1,4 +1,4 @@
-"""Which backend runs a recipe's roles: this process, or Ray.
+"""Which backend runs a recipe's roles: this process, or Ray; and which devices they find there.
 
 With the command line's own file, this is the only place in `rlhf` that imports `actors`, and only when a run on Ray
 begins: the command line and the Python API both come here.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlhf.recipe.dtype import Devices
     from rlhf.recipe.schema import Recipe
     from rlhf.roles import Launcher
 
@@ -30,3 +31,14 @@ def launcher(recipe: Recipe) -> Callable[[Recipe], Launcher]:
     from actors.launch import RayLauncher
 
     return RayLauncher
+
+
+def devices(recipe: Recipe, gpus: float) -> Devices:
+    """Return what the roles may compute on: this machine's devices, `gpus` of them, or those of a cluster it joins."""
+    if recipe.backend == "ray" and recipe.ray.address is not None:
+        from actors.devices import ClusterDevices
+
+        return ClusterDevices(recipe)
+    from rlhf.recipe.dtype import Here
+
+    return Here(gpus)

@@ -60,6 +60,11 @@ def validate(loaded: LoadedRecipe) -> None:
     """Check RECIPE and the files it names, and start nothing."""
     stages = " -> ".join(stage.name for stage in loaded.recipe.stages)
     echo(f"OK {loaded.recipe.name}: {stages}")
+    if loaded.recipe.model.dtype == "bfloat16" and loaded.recipe.ray.address is None:
+        from rlhf.recipe.dtype import Here, decide
+
+        for text in decide(loaded.recipe, Here()).warnings:
+            echo(f"warning: {loaded.located(text)}", err=True)
 
 
 @main.command()
@@ -69,21 +74,27 @@ def validate(loaded: LoadedRecipe) -> None:
 def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     """Print what RECIPE will do: stages, roles, batches, memory, time; fail when it does not fit."""
     import json
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from rlhf.errors import ResourceError
     from rlhf.recipe.devices import local_device, named_device
+    from rlhf.recipe.dtype import Here, decide
     from rlhf.recipe.host_fit import check_main_memory
     from rlhf.recipe.plan import look_up, make_plan
     from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
     from rlhf.recipe.seeds import expand_seeds
+    from rlhf.run_folder import kept_dtype, run_place
     from rlhf.terminal import Terminal
 
     resources = local_resources()
+    planned = named_device(gpu) if gpu else None
+    decision = decide(loaded.recipe, Here(resources.gpus, planned), kept_dtype(run_place(loaded.recipe)))
+    loaded = replace(loaded, recipe=decision.recipe)
     recipe = expand_seeds(loaded.recipe)
     known = look_up(recipe)
-    made = make_plan(loaded, resources, named_device(gpu) if gpu else local_device(), search=True, known=known)
+    made = make_plan(loaded, resources, planned or local_device(), search=True, known=known)
+    made = replace(made, notes=decision.notes, warnings=(*decision.warnings, *made.warnings))
     if as_json:
         echo(json.dumps(asdict(made), indent=2))
     else:

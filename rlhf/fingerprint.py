@@ -62,7 +62,7 @@ def stage_content(
         "results": RESULTS[stage.kind],
         "seed": recipe.seed,  # a stage's own is among its settings
         "budget": budget.model_dump(exclude_defaults=exclude_defaults) if budget else None,
-        "dtype": recipe.model.dtype,
+        "dtype": recipe.model.precision,
         "tuning": recipe.tuning.model_dump(mode="json", exclude_defaults=exclude_defaults),
         "engine": recipe.roles.rollout.engine if "rollout" in wanted(recipe, stage) else None,
         "judging": recipe.roles.judge.engine if "judge" in wanted(recipe, stage) else None,

@@ -40,6 +40,7 @@ KINDS = (
     Kind("models", re.compile(r"[^.].*-[0-9a-f]{12}"), re.compile(r"(?!)")),
     Kind("tokens", re.compile(r"[0-9a-f]{64}(\.\w+)?"), re.compile(r"tmp[a-z0-9_]{8}")),  # as earlier versions did
     Kind("reference", re.compile(r"[0-9a-f]{64}(\.\w+)?"), re.compile(r"\.[0-9a-f]{64}\.\w+\.\d+")),
+    Kind("products", re.compile(r"[0-9a-f]{64}\.json"), re.compile(r"(?!)")),
 )
 
 

@@ -7,10 +7,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from rlhf import backend
 from rlhf.cache import default_cache
 from rlhf.data.disjoint import check_disjoint
 from rlhf.done_file import damaged, read_done
@@ -19,6 +21,7 @@ from rlhf.interrupts import Interrupts
 from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
 from rlhf.pruning import sweep
+from rlhf.recipe.dtype import Decision, decide
 from rlhf.recipe.host_fit import check_main_memory
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.plan import Known, headline, look_up, make_plan
@@ -31,7 +34,7 @@ from rlhf.report.table import comparison_table, verdict
 from rlhf.rewards.function import check_functions
 from rlhf.rewards.http import check_tokens
 from rlhf.roles import Launcher
-from rlhf.run_folder import locked, write_inputs
+from rlhf.run_folder import kept_dtype, locked, run_place, write_inputs
 from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
@@ -57,19 +60,22 @@ def run_recipe(
     Raises:
         Interrupted: a signal came; what was under way is saved.
     """
-    recipe = expand_seeds(loaded.recipe)
-    if unknown := set(restart) - {stage.name for stage in recipe.stages}:
+    if unknown := set(restart) - {stage.name for stage in expand_seeds(loaded.recipe).stages}:
         raise RecipeError(f"--restart {sorted(unknown)[0]}: the recipe has no such stage")
-    folder = (output or recipe.output_dir / recipe.name).absolute()
+    folder = run_place(loaded.recipe, output)
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Terminal()
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder) as recorder:
         sweep(default_cache())
         resources = local_resources()
+        decision = decide(loaded.recipe, backend.devices(loaded.recipe, resources.gpus), kept_dtype(folder))
+        loaded = replace(loaded, recipe=decision.recipe)
+        recipe = expand_seeds(loaded.recipe)
         known = look_up(recipe)
         plan = make_plan(loaded, resources, known=known)
         console.print(headline(plan), markup=False, highlight=False, soft_wrap=True)
+        _say(decision, console)
         models = _models(recipe)
         check_lengths(loaded.recipe, models["base"])
         check_disjoint(loaded.recipe)
@@ -101,6 +107,13 @@ def run_recipe(
         _show_result(recipe, folder, console)
     console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
     return folder
+
+
+def _say(decision: Decision, console: Console) -> None:
+    """Print how the dtype was decided and what it costs, and log it."""
+    for text in (*decision.notes, *(f"warning: {text}" for text in decision.warnings)):
+        log.info(text)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _models(recipe: Recipe) -> dict[str, Path]:

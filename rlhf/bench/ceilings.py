@@ -68,7 +68,7 @@ def measure_gemm(setting: Setting, known: Sequence[Figure]) -> list[Figure]:
             for dtype in ("bfloat16", "float32")
         }
         figures += [Figure(f"gemm {dtype}", max(tried) / 1e12, str(place)) for dtype, tried in rates.items()]
-        own = rates[setting.recipe.model.dtype]
+        own = rates[setting.recipe.model.precision]
         figures.append(Figure("gemm head", own[-1] / 1e12, str(place), max(own) / 1e12))
     return figures
 

@@ -45,7 +45,7 @@ def measure_learner(kind: LearnerKind, setting: Setting, known: Sequence[Figure]
         laps(lambda: learner.train(batch, objective, rows, 1.0), place, STEPS_S * setting.seconds, least=2)
     )
     tokens, limit = batch.token_count(), None
-    cost, rate = Cost.of(learner.model), flops(known, setting.recipe.model.dtype, place)
+    cost, rate = Cost.of(learner.model), flops(known, setting.recipe.model.precision, place)
     if cost and rate:
         work = useful(kind, batch)
         limit = tokens * rate / (cost.forward(work) + cost.backward(work))
@@ -61,7 +61,7 @@ def learner_spec(kind: LearnerKind, setting: Setting) -> LearnerSpec:
         role=role,  # type: ignore[arg-type]
         kind="scalar" if kind == "reward" else "causal",
         checkpoint=setting.folder,
-        dtype=setting.recipe.model.dtype,
+        dtype=setting.recipe.model.precision,
         tuning=stage.tuning or setting.recipe.tuning,
         optimizer=stage.optimizer,
         head_learning_rate=getattr(stage, "head_learning_rate", None),

@@ -43,7 +43,7 @@ def settings(setting: Setting) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "model": recipe.model.path,
-        "dtype": recipe.model.dtype,
+        "dtype": recipe.model.precision,
         "tuning": recipe.tuning.model_dump(),
         "threads": {kind: setting.threads(kind) for kind in LEARNERS} | {"rollouts": setting.threads("annotate")},
         "max_tokens_per_microbatch": {kind: pass_tokens(recipe, stage) for kind, stage in stages.items()},

@@ -42,7 +42,7 @@ def measure_rollouts(engine: RolloutEngine, setting: Setting, known: Sequence[Fi
         seconds = time.perf_counter() - began
         lengths = [(PROMPT_TOKENS, len(rollout.tokens)) for rollout in drawn]
         rates.append(sum(response for _, response in lengths) / seconds)
-    dtype, devices = setting.recipe.model.dtype, setting.recipe.roles.rollout.tensor_parallel
+    dtype, devices = setting.recipe.model.precision, setting.recipe.roles.rollout.tensor_parallel
     products, read = flops(known, dtype, place), bandwidth(known, place)
     limit = None
     if products and read:
@@ -70,7 +70,7 @@ def rollout_spec(setting: Setting) -> RolloutSpec:
     recipe = setting.served()
     return RolloutSpec(
         checkpoint=setting.folder,
-        dtype=recipe.model.dtype,
+        dtype=recipe.model.precision,
         role=recipe.roles.rollout,
         max_length=PROMPT_TOKENS + RESPONSE_TOKENS,
         threads=setting.threads("annotate"),

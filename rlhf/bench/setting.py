@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from rlhf.models.cache import default_cache, file_digest, held_model
 from rlhf.models.loading import resolve_model
 from rlhf.recipe.base import FunctionJudge, ModelJudge, PathData
+from rlhf.recipe.dtype import Here, decide
 from rlhf.recipe.resources import threads
 from rlhf.recipe.role_schema import Roles as RoleSections
 from rlhf.recipe.role_schema import RolloutRole, TrainedRole
@@ -50,11 +51,11 @@ class Setting:
     def of(recipe: Recipe | None, gpus: int = 0, seconds: float = 1.0) -> Setting:
         """Return what to measure for a recipe: its model, dtype, roles, adapters and micro-batches.
 
-        Without one, a random 45M-parameter Llama in bfloat16 that trains all its weights, on a GPU where there is one.
+        Without one, a random 45M-parameter Llama that trains all its weights, on a GPU where there is one.
         Raises RecipeError when the recipe's model cannot be had.
         """
         own = recipe is None
-        base = own_recipe(gpus) if recipe is None else recipe
+        base = decide(own_recipe(gpus) if recipe is None else recipe, Here(gpus)).recipe
         stages = [_stage(base, kind) for kind in OWN_STAGES]
         folder = own_model() if own else resolve_model(base.model)
         made = base.model_copy(update={"stages": stages})

@@ -12,8 +12,10 @@ from pathlib import Path
 from rlhf.allocator import allocator
 from rlhf.doctor.check import Check
 from rlhf.recipe.main_memory import main_memory
+from rlhf.recipe.products import Products, cpu_products
 
 GIB = 2**30
+TERA = 10**12
 QUICKSTART = 8 * GIB
 LEAST_MEMORY = 2 * GIB
 SHARED = 1 * GIB
@@ -79,6 +81,17 @@ def gpu_check(environ: Mapping[str, str], driver: str, cuda: str, seen: int) -> 
     return Check("gpus", "ok", found)
 
 
+def dtype_check(products: Products, gpus: int) -> Check:
+    """Say what `model.dtype: auto` is on this machine's CPU; a slow bfloat16 matters less where there are GPUs."""
+    rates = f"{products.bfloat16 / TERA:.2g} TFLOP/s in bfloat16, {products.float32 / TERA:.2g} in float32"
+    if products.faster == "bfloat16":
+        return Check("dtype", "ok", f"the CPU multiplies at {rates}; model.dtype: auto is bfloat16 on it")
+    slow = f"bfloat16 is {products.slower:.2g} times slower than float32 on this CPU ({rates})"
+    if gpus:
+        return Check("dtype", "ok", f"{slow}; model.dtype: auto follows the devices of the roles")
+    return Check("dtype", "warn", slow, "leave model.dtype at auto, which is float32 here: bfloat16 costs that much")
+
+
 def memory_check(total: int, limit: int | None, available: int) -> Check:
     """Check main memory in bytes: the machine's, the container's limit if it has one, and what is free now."""
     usable = min(available, limit or available)
@@ -129,6 +142,7 @@ def check_hardware(output: Path, cache: Path, cuda: str, seen: int) -> Iterator[
     yield thread_check(os.environ, len(os.sched_getaffinity(0)), _cpu_quota())
     yield allocator_check(os.environ, _text("/sys/kernel/mm/transparent_hugepage/enabled"))
     yield gpu_check(os.environ, _driver(), cuda, seen)
+    yield dtype_check(cpu_products(), seen)
     yield memory_check(memory.total, memory.limit, memory.free)
     yield shared_memory_check(shutil.disk_usage(shm).total if shm.is_dir() else None)
     yield folder_check("run folder", output)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, fields
 
-from rlhf.recipe.base import Budget, HubData, ModelJudge, StageData
+from rlhf.recipe.base import Budget, Dtype, HubData, ModelJudge, StageData
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
 from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
+from rlhf.recipe.products import cpu_products
 from rlhf.recipe.resources import processes
 from rlhf.recipe.row_lengths import Measured
 from rlhf.recipe.schedule import row_count
@@ -179,12 +180,13 @@ def _file_tokens(stage: StageBase, key: str, measured: Measured) -> float | None
     return sum(map(len, lines)) / BYTES_PER_TOKEN
 
 
-def matmul_rate(dtype: str) -> float:
-    """Return the floating-point operations per second of a square matrix product here, measured in a blink."""
+def matmul_rate(dtype: Dtype, on_gpu: bool) -> float:
+    """Return the floating-point operations per second of matrix products here: on the CPU those that are kept."""
+    if not on_gpu:
+        return cpu_products().rate(dtype)
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device).to(getattr(torch, dtype))
+    matrix = torch.randn(PROBE_SIZE, PROBE_SIZE, device="cuda").to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rlhf.recipe.base import Dtype
 from rlhf.recipe.devices import Device
 from rlhf.recipe.memory import CONTEXT, FLOAT, Memory
-from rlhf.recipe.model_shape import BYTES, Dtype, ModelShape
+from rlhf.recipe.model_shape import BYTES, ModelShape
 from rlhf.recipe.role_schema import RolloutRole
 
 BLOCK = 128

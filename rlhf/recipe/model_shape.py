@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from rlhf.recipe.base import Dtype
 from rlhf.recipe.tuned_sizes import added, chosen, layer_numbers, packed_bytes, quantised, targets
 from rlhf.recipe.tuning_schema import AnyLora, Full, Layers, Prompted, Qlora, Tuning
 
-Dtype = Literal["bfloat16", "float32"]
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 
 

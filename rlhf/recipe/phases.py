@@ -95,7 +95,7 @@ def stage_memory(
             judging = name == "judge"
             length = _judge(stage).max_prompt_tokens + 1 if judging else longest(recipe)
             usual = None if judging or real is None else longest(real)
-            engine = engine_memory(shown, recipe.model.dtype, role, length, here, usual)
+            engine = engine_memory(shown, recipe.model.precision, role, length, here, usual)
             if want.gpus and device is None:
                 engine = replace(engine, awake=replace(engine.awake, kv_cache=engine.needed), room=engine.needed)
             held = {phase: _engine_phase(engine, phase, want) for phase in phases}
@@ -140,7 +140,7 @@ def role_model(recipe: Recipe, stage: Stage, role: RoleName, shape: ModelShape) 
     key = "critic_tuning" if isinstance(stage, PpoStage) and role == "critic" else "tuning"
     chosen = getattr(stage, key, None)
     scalar = role in ("reward", "critic") or isinstance(stage, ClassifyStage)  # one row for each label, counted as one
-    return Model(shape, recipe.model.dtype, scalar, chosen or recipe.tuning if trained else None)
+    return Model(shape, recipe.model.precision, scalar, chosen or recipe.tuning if trained else None)
 
 
 def _judge(stage: Stage) -> LlmJudge:

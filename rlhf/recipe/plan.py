@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from rlhf.errors import RlhfError
-from rlhf.recipe.base import LlmJudge
+from rlhf.recipe.base import Dtype, LlmJudge
 from rlhf.recipe.check_tuning import check_model
 from rlhf.recipe.devices import Device
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
@@ -20,7 +20,7 @@ from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.phases import Phase, stage_memory
 from rlhf.recipe.process_memory import HostMemory
-from rlhf.recipe.resources import Resources, processes, reference_in_policy, threads, wanted
+from rlhf.recipe.resources import Resources, on_gpu, processes, reference_in_policy, threads, wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.row_lengths import Measured, narrowed
 from rlhf.recipe.schedule import Schedule, longest, schedule
@@ -81,6 +81,7 @@ class Plan:
     name: str
     backend: str
     model: str
+    dtype: Dtype
     parameters: int
     resources: Resources
     processes: dict[str, str]
@@ -88,6 +89,7 @@ class Plan:
     warnings: tuple[str, ...]
     seconds: float | None
     usual_length: int
+    notes: tuple[str, ...] = ()
     device: Device | None = None
     fit: Fit | None = None
     remedies: tuple[str, ...] = ()
@@ -145,12 +147,13 @@ def make_plan(
         name=recipe.name,
         backend=recipe.backend,
         model=recipe.model.path,
+        dtype=recipe.model.precision,
         parameters=shapes.base.parameters,
         resources=resources,
         processes=_places(recipe),
         stages=stages,
         warnings=tuple(_warnings(recipe, stages)),
-        seconds=None if elsewhere else _seconds(recipe, known),
+        seconds=None if elsewhere else _seconds(recipe, known, resources.gpus),
         usual_length=longest(real),
         device=device,
         fit=fit,
@@ -202,11 +205,13 @@ def _judges(recipe: Recipe) -> dict[str, ModelShape]:
     return {name: read_shape(resolve_judge(model)) for name, model in local.items()}
 
 
-def _seconds(recipe: Recipe, known: Known) -> float | None:
+def _seconds(recipe: Recipe, known: Known, gpus: float) -> float | None:
     """Return the estimate for this machine; a cluster's speed is not known from here."""
     if recipe.ray.address is not None:
         return None
-    return estimate_seconds(recipe, known.shapes.base, matmul_rate(recipe.model.dtype), known.measured)
+    fast = any(on_gpu(recipe, role, gpus > 0) for role in processes(recipe).values())
+    rate = matmul_rate(recipe.model.precision, fast)
+    return estimate_seconds(recipe, known.shapes.base, rate, known.measured)
 
 
 def _stage_plan(

@@ -22,7 +22,8 @@ def render_plan(plan: Plan) -> RenderableType:
     there = plan.resources
     lines = [
         headline(plan),
-        f"model: {plan.model}, {_count(plan.parameters)} parameters",
+        f"model: {plan.model}, {_count(plan.parameters)} parameters in {plan.dtype}",
+        *plan.notes,
         f"main memory: about {gib(largest.total)} GiB at once (stage {largest.stage}, {largest.phase}): "
         + ", ".join(f"{name} {gib(size)}" for name, size in parts),
         f"available: {there.cpus:g} CPUs, {there.gpus:g} GPUs, {gib(there.memory_bytes)} GiB",

@@ -68,6 +68,11 @@ def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:
     return found
 
 
+def on_gpu(recipe: Recipe, role: Wanted, visible: bool) -> bool:
+    """Return whether a role computes on a GPU: it asks for one, or it is in this process, which sees some."""
+    return role.gpus > 0 or (recipe.backend == "local" and visible)
+
+
 def accelerators(recipe: Recipe, stage: Stage) -> float:
     """Return the GPUs that a stage's roles hold, shared ones once."""
     owners = {role.shares or name: role for name, role in wanted(recipe, stage).items()}

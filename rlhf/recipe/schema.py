@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from rlhf.recipe.base import Budget, Strict
+from rlhf.recipe.base import Budget, Dtype, Strict
 from rlhf.recipe.role_schema import Roles
 from rlhf.recipe.stage_schema import Stage
 from rlhf.recipe.tuning_schema import Lora, Tuning
@@ -21,8 +21,18 @@ class ModelSource(Strict):
 
     path: str
     revision: str | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="of the weights: `auto` is bfloat16 on GPUs that have it and on CPUs that multiply it faster, "
+        "float32 elsewhere; a run folder keeps what it began with",
+    )
     chat_template: Path | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+
+    @property
+    def precision(self) -> Dtype:
+        """The dtype of the weights, once it is decided (`rlhf.recipe.dtype`)."""
+        assert self.dtype != "auto", "model.dtype: auto is not decided yet"
+        return self.dtype
 
 
 class Wandb(Strict):

@@ -106,7 +106,7 @@ def _seconds(recipe: Recipe, stage: AnyOnlineStage, shape: ModelShape, device: D
         "generate": generate,
         "score": max(score.values()),
         "learn": max(learn.values()),
-        "publish": shape.parameters * BYTES[recipe.model.dtype] / (device.link * SENDING),
+        "publish": shape.parameters * BYTES[recipe.model.precision] / (device.link * SENDING),
     }
     work = found["score"] + found["learn"]
     hidden = getattr(stage, "staleness", 0) > 0
@@ -115,7 +115,7 @@ def _seconds(recipe: Recipe, stage: AnyOnlineStage, shape: ModelShape, device: D
 
 
 def _generate(recipe: Recipe, stage: AnyOnlineStage, shape: ModelShape, device: Device) -> float:
-    engine, size = recipe.roles.rollout, BYTES[recipe.model.dtype]
+    engine, size = recipe.roles.rollout, BYTES[recipe.model.precision]
     mine = math.ceil(stage.prompts_per_step * stage.samples_per_prompt / engine.replicas)
     waves = math.ceil(mine / engine.max_sequences)
     at_once = math.ceil(mine / waves)

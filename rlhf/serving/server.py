@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import httpx
 import psutil
@@ -25,6 +25,7 @@ from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import cpu_cache_bytes, vllm_environment
 from rlhf.errors import ResourceError, TrainingError
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.serving.dtype import served_dtype
 from rlhf.serving.gate import HEALTH, HOSTS, KEY
 from rlhf.serving.plan import Serving
 from rlhf.serving.worker import STARTED_BY
@@ -247,5 +248,4 @@ def _spec(folder: Path, limits: Limits) -> RolloutSpec:
     """Return the engine as a run would have it, by which its memory on the CPU is reckoned."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     length = limits.max_length or config.get("max_position_embeddings") or LENGTH
-    dtype: Literal["bfloat16", "float32"] = "float32" if config.get("dtype") == "float32" else "bfloat16"
-    return RolloutSpec(folder, dtype, RolloutRole(), length, limits.threads, seed=0)
+    return RolloutSpec(folder, served_dtype(folder), RolloutRole(), length, limits.threads, seed=0)

@@ -48,13 +48,13 @@ class LocalTalker:
 
         from rlhf.models.loading import load_causal
         from rlhf.models.tokenizer import load_tokenizer
+        from rlhf.serving.dtype import served_dtype
 
         self.name = name
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.positions: int | None = config.get("max_position_embeddings")
-        dtype = "float32" if config.get("dtype") == "float32" else "bfloat16"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_causal(folder, dtype).to(self.device).eval()
+        self.model = load_causal(folder, served_dtype(folder)).to(self.device).eval()
         self.tokenizer = load_tokenizer(folder)
 
     def reply(self, messages: Sequence[Message], style: Style) -> Iterator[str]:

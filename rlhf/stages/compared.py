@@ -90,7 +90,7 @@ def _facts(rows: Sequence[PromptRow], stage: CompareStage, context: StageContext
         "Decoding": f"temperature {stage.temperature}, at most {stage.max_response_tokens} tokens, same for all",
         "KL": f"mean over samples of log pi - log ref, reference {stage.baseline}, in nats a response",
         "Seeds": ", ".join(map(str, recipe.seeds)) if recipe.seeds else f"one, {recipe.seed}",
-        "Model": f"{recipe.model.path} ({recipe.model.dtype})",
+        "Model": f"{recipe.model.path} ({recipe.model.precision})",
         **({"Retention": _source(stage.retention)} if stage.retention else {}),
     }
 

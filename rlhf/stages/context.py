@@ -136,7 +136,7 @@ class StageContext:
             role=role,
             kind=kind,
             checkpoint=self.checkpoint(checkpoint),
-            dtype=self.recipe.model.dtype,
+            dtype=self.recipe.model.precision,
             tuning=None,
             optimizer=None,
             head_learning_rate=None,
@@ -153,7 +153,7 @@ class StageContext:
         """Describe the rollout engine, serving a checkpoint."""
         return RolloutSpec(
             checkpoint=self.checkpoint(checkpoint),
-            dtype=self.recipe.model.dtype,
+            dtype=self.recipe.model.precision,
             role=self.recipe.roles.rollout,
             max_length=self.max_length,
             threads=self.threads["rollout"],
@@ -183,7 +183,7 @@ class StageContext:
         folder = resolve_judge(judge.model)
         spec = RolloutSpec(
             checkpoint=folder,
-            dtype=self.recipe.model.dtype,
+            dtype=self.recipe.model.precision,
             role=self.recipe.roles.judge,
             max_length=judge.max_prompt_tokens + 1,
             threads=self.threads["judge"],
