@@ -96,7 +96,7 @@ class Actor:
                 raise GuardError("the weights are gone")
             if self.fault == "dies":
                 os._exit(1)
-            time.sleep(60)
+            time.sleep(600)
         return Drawn.of([answer(p, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row])
 
 
