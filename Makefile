@@ -1,6 +1,8 @@
 # make setup        .venv with the locked set (SET=cpu or gpu) and the project
 # make quickstart   SmolLM2-135M through SFT, preferences, reward model, PPO and DPO; report in runs/quickstart
 # make test         the whole CPU test suite, after lint
+# make fast         an answer in two minutes: lint of what is changed, tests of the algorithms, recipes and data
+# make alone        every test file alone and all of them together, in random order; PART=K/N is a part of that
 # make chaos        injects faults of every kind and counts what they did
 # make docs         the documentation as HTML, its recipe reference made from the schema
 # make gpu          the tests that need a CUDA device (with SET=gpu)
@@ -13,8 +15,10 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 RUN ?= recipes/quickstart.yaml
 SET ?= cpu
+BASE ?= main
+PART ?= 1/1
 
-.PHONY: setup quickstart test gpu lint chaos bench docs clean
+.PHONY: setup quickstart test fast alone gpu lint chaos bench docs clean
 
 setup: $(VENV)/.$(SET)
 
@@ -40,10 +44,19 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: lint
-	status=0; \
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not (gpu or ray or vllm)" || status=1; \
-	$(BIN)/python -m pytest -m "(ray or vllm) and not gpu" || status=1; \
-	exit $$status
+	$(BIN)/python -m tests.side_by_side
+
+fast: $(VENV)/.dev
+	files=$$({ git diff --name-only --diff-filter=d $$(git merge-base HEAD $(BASE) || echo HEAD); \
+		git ls-files --others --exclude-standard; } | grep '\.py$$' | sort -u); \
+	test -z "$$files" || { $(BIN)/ruff check $$files && $(BIN)/ruff format --check $$files; }
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile --pin \
+		-m "not (gpu or ray or vllm)" --ignore tests/recipe/test_memory_measured.py \
+		tests/algorithms tests/recipe tests/data
+
+alone: $(VENV)/.dev
+	$(BIN)/python -m tests.alone --part $(PART)
 
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -6,8 +6,10 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from rlhf.types import Sampling
+if TYPE_CHECKING:
+    from rlhf.types import Sampling
 
 LOOK_S, LOOKS = 10.0, 10
 """A wait looks that often whether the replicas make progress, and so often within its deadline at least."""

@@ -24,8 +24,7 @@ from actors import death
 from actors.balance import LOOK_S, LOOKS
 from actors.progress import Watch, actor_of
 from rlhf import errors
-from rlhf.engines.ranks import LOST
-from rlhf.errors import LateProcess, LostProcess, RlhfError, TrainingError
+from rlhf.errors import LOST_RANK, LateProcess, LostProcess, RlhfError, TrainingError
 from rlhf.roles import Pending
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def _error_of(reference: ray.ObjectRef, wait_s: float) -> RayError | None:
 
 def _is_victim(error: RayError) -> bool:
     if isinstance(error, RayTaskError) and isinstance(error.cause, RlhfError):
-        return LOST in str(error.cause)
+        return LOST_RANK in str(error.cause)
     return not isinstance(error, RayActorError) and bool(VICTIM.search(str(error)))
 
 

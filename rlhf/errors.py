@@ -2,6 +2,9 @@
 
 from typing import Self
 
+LOST_RANK = "lost another rank"
+"""In the message of a rank that is not at fault itself."""
+
 
 class RlhfError(Exception):
     """A failure with a message for the user; `exit_code` is what the process returns."""

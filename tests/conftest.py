@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "10000"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as urgent as the test that waits for them
 if not Path("/dev/nvidiactl").exists():
     os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
     from rlhf.models.tokenizer import ChatTokenizer
 
 
-def pytest_configure() -> None:
-    """Give each of several workers a core of its own: what they start takes no more threads than that."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pin", action="store_true", help="keep each xdist worker, with all that it starts, on one core")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--pin`, give each of several workers a core of its own: what they start takes no more threads than that."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    if worker:
+    if worker and config.getoption("pin"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 

@@ -82,6 +82,8 @@ def test_ray_stays_in_actors(path):
         ("rlhf.recipe.schema", {"torch", "transformers", "ray", "vllm"}),
         ("rlhf.stages.online", {"ray", "vllm", "deepspeed"}),
         ("rlhf.local", {"ray", "vllm", "deepspeed"}),
+        ("actors.supervise", {"torch", "transformers", "vllm"}),
+        ("actors.dispatch", {"transformers", "peft", "vllm", "deepspeed"}),
     ],
 )
 def test_import_loads_nothing_heavy(module, banned):

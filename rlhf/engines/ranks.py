@@ -13,13 +13,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from rlhf.errors import TrainingError
+from rlhf.errors import LOST_RANK, TrainingError
 from rlhf.pulse import PULSE
 
 COLLECTIVES = "torch.distributed.distributed_c10d"
 TRANSPORTS = ("gloo", "NCCL")
-LOST = "lost another rank"
-"""Said by a rank that is not at fault itself."""
 
 
 def join(rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
@@ -96,9 +94,8 @@ def exchanging(what: str) -> Iterator[None]:
         if collective is None:
             raise
         rank, ranks = position()
-        raise TrainingError(
-            f"{what}: rank {rank} of {ranks} {LOST} in {collective}, which died or missed the deadline: {_line(error)}"
-        ) from error
+        said = f"{LOST_RANK} in {collective}, which died or missed the deadline: {_line(error)}"
+        raise TrainingError(f"{what}: rank {rank} of {ranks} {said}") from error
 
 
 def _collective(error: BaseException) -> str | None:

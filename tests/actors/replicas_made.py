@@ -9,17 +9,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.dispatch import CALLS
 from actors.objects import Asked, Drawn
 from actors.supervise import wait_for_all
-from rlhf.engines.base import LearnerSpec
 from rlhf.errors import GuardError, TrainingError
 from rlhf.roles import WeightReceipt
 from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch
+
+if TYPE_CHECKING:
+    from rlhf.engines.base import LearnerSpec
 
 PROMPTS = [Prompt(f"p{row}", (1, 2) + (3,) * (row % 5), f"text {row}", {"row": row}) for row in range(40)]
 SEEDS = [[10 * row, 10 * row + 1] for row in range(40)]
@@ -94,7 +96,7 @@ class Actor:
                 raise GuardError("the weights are gone")
             if self.fault == "dies":
                 os._exit(1)
-            time.sleep(60)
+            time.sleep(600)
         return Drawn.of([answer(p, seed) for p, row in zip(prompts, seeds, strict=True) for seed in row])
 
 
@@ -137,6 +139,16 @@ class Server:
 
     def wake(self, part: str) -> None:
         self.awake = part == "kv_cache" or self.awake
+
+
+class Hanging(Server):
+    """Draws everything but one prompt."""
+
+    @ray.method(concurrency_group="generate")
+    def draw(self, asked: Asked) -> Drawn:
+        if PROMPTS[7].id in asked.ids:
+            time.sleep(600)
+        return Drawn.of([answer(p, seed) for p, row in zip(asked.prompts(), asked.seeds, strict=True) for seed in row])
 
 
 def drawn_with(weights: float, version: int, prompt: Prompt, seed: int) -> Rollout:

@@ -33,6 +33,7 @@ class Quick:
 
     watching: HeadWatch
     silent: threading.Event
+    heard: threading.Event
     said: list[str]
 
     def work(self, seconds: float, first: Callable[[], None] = lambda: None) -> None:
@@ -50,12 +51,18 @@ def quick(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(head, "SILENCE_S", 0.5)
     monkeypatch.setattr(head, "COMES_BACK_S", 0.2)
     monkeypatch.setattr(head, "COMMAND", threading.Event())
-    silent, said = threading.Event(), list[str]()
-    monkeypatch.setattr(HeadWatch, "_answers", lambda self: not silent.is_set())
+    silent, heard, said = threading.Event(), threading.Event(), list[str]()
+
+    def answers(_: HeadWatch) -> bool:
+        if not silent.is_set():
+            heard.set()
+        return not silent.is_set()
+
+    monkeypatch.setattr(HeadWatch, "_answers", answers)
     monkeypatch.setattr(HeadWatch, "_end_process", lambda self: said.append("ends the process"))
     host, port = listener.getsockname()
     watching = HeadWatch(f"{host}:{port}", said.append)
-    yield Quick(watching, silent, said)
+    yield Quick(watching, silent, heard, said)
     watching.settle()
 
 
@@ -73,7 +80,9 @@ def test_a_single_probe_that_fails_says_nothing(
     monkeypatch.setattr(head, "SILENCE_S", 60)
     quick.silent.set()
     quick.work(0.5)
+    quick.heard.clear()
     quick.silent.clear()
+    assert quick.heard.wait(60)
     monkeypatch.setattr(head, "SILENCE_S", 0.5)
     quick.work(1)
     assert quick.watching.settle() is None

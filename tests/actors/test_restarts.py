@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import ray
-from replicas_made import PROMPTS, SAMPLING, SEEDS, Number, Server, answer, drawn_with, expected
+from replicas_made import PROMPTS, SAMPLING, SEEDS, Hanging, Number, Server, drawn_with, expected
 
 from actors.dispatch import CALLS, Dispatch
 from actors.group import RankGroup
 from actors.learner import LearnerActor, RayModel
-from actors.objects import Asked, Drawn
 from actors.process import end
 from actors.restarts import Restarts
 from actors.rollout import RayRollout, Replica
@@ -247,16 +246,6 @@ def test_there_is_an_end_to_restarts(local_ray):
     with pytest.raises(TrainingError, match=told):
         engine.generate(PROMPTS, SAMPLING, SEEDS)
     engine.kill()
-
-
-class Hanging(Server):
-    """Draws everything but one prompt."""
-
-    @ray.method(concurrency_group="generate")
-    def draw(self, asked: Asked) -> Drawn:
-        if PROMPTS[7].id in asked.ids:
-            time.sleep(600)
-        return Drawn.of([answer(p, seed) for p, row in zip(asked.prompts(), asked.seeds, strict=True) for seed in row])
 
 
 def test_prompts_that_are_late_on_a_second_replica_too_end_the_call(local_ray):

@@ -164,9 +164,7 @@ def test_exceptions_that_cannot_travel_are_told_all_the_same(role):
 def test_a_late_answer_is_an_error_at_the_deadline():
     actor = start()
     ray.get(actor.answer.remote(0), timeout=DEADLINE_S)
-    started = time.monotonic()
-    error = failure(actor.sleep.remote(60), deadline_s=1.0)
-    assert time.monotonic() - started < 10
+    error = failure(actor.sleep.remote(600), deadline_s=1.0)
     assert type(error) is LateProcess
     assert re.match(
         r"policy\.train gave no answer within 1 s \(ray\.call_timeout_s\) on [\d.]+, node [0-9a-f]{8}, pid \d+,"
@@ -186,7 +184,7 @@ def test_the_rank_at_fault_is_named_and_not_the_one_that_lost_its_peer(local_ray
     lost = ranks[0].fail.remote(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
     with pytest.raises(TrainingError, match=r"^policy-1\.train: the process died"):
         wait_for_all([lost, ranks[1].die.remote()], NAMES, DEADLINE_S)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < DEADLINE_S
     ray.kill(ranks[0])
 
 
@@ -196,10 +194,10 @@ def test_a_failed_rank_is_told_while_the_others_still_wait_for_it(local_ray, mon
     ray.get([rank.answer.remote(0) for rank in ranks], timeout=DEADLINE_S)
     started = time.monotonic()
     with pytest.raises(DataError, match=r"^policy-1\.train: row 3$"):
-        wait_for_all([ranks[0].sleep.remote(60), ranks[1].fail.remote(DataError("row 3"))], NAMES, DEADLINE_S)
-    assert time.monotonic() - started < 10
+        wait_for_all([ranks[0].sleep.remote(600), ranks[1].fail.remote(DataError("row 3"))], NAMES, DEADLINE_S)
+    assert time.monotonic() - started < DEADLINE_S
     with pytest.raises(TrainingError, match=r"^policy-0\.train gave no answer within 1 s"):
-        wait_for_all([ranks[0].sleep.remote(60), ranks[1].answer.remote(1)], NAMES, 1)
+        wait_for_all([ranks[0].sleep.remote(600), ranks[1].answer.remote(1)], NAMES, 1)
     for rank in ranks:
         ray.kill(rank)
 
@@ -207,7 +205,7 @@ def test_a_failed_rank_is_told_while_the_others_still_wait_for_it(local_ray, mon
 def test_a_process_that_dies_is_told_at_once_and_ever_after(local_ray):
     actor = start()
     ray.get(actor.answer.remote(0), timeout=DEADLINE_S)
-    waiting = actor.sleep.remote(60)
+    waiting = actor.sleep.remote(600)
     dying = start()
     started = time.monotonic()
     ray.kill(actor)
@@ -217,7 +215,7 @@ def test_a_process_that_dies_is_told_at_once_and_ever_after(local_ray):
         assert str(error).startswith("policy.train: the process died (")
         assert "\n" not in str(error)
         assert len(str(error)) < 350
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < DEADLINE_S
 
 
 @pytest.mark.parametrize("kind", [RecipeError, ResourceError, GuardError])
@@ -282,7 +280,7 @@ def test_a_stopped_process_is_ended_too(local_ray):
     pid = ray.get(actor.pid.remote(), timeout=DEADLINE_S)
     os.kill(pid, signal.SIGSTOP)
     process.end([actor])
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + DEADLINE_S
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < ends:
         time.sleep(0.05)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

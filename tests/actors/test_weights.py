@@ -130,7 +130,7 @@ class StrangeReplica:
 
     def take_bucket(self, announcement: dict, first: bool, version: int | None, adapter: None) -> tuple[int, str]:
         if self.flaw == "hangs":
-            time.sleep(60)
+            time.sleep(600)
         if self.flaw == "dies":
             raise SystemExit
         if first:
@@ -164,7 +164,7 @@ def test_the_replica_at_fault_is_named(replicas, model, flaw, deadline_s, messag
     started = time.monotonic()
     with pytest.raises(TrainingError, match=message):
         publish(lambda: merged_weights(model), [replicas[0], strange], 4, deadline_s)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < DEADLINE_S
     ray.kill(strange)
     ray.get(replicas[0].served.remote(), timeout=DEADLINE_S)  # comes after what the publication sent
     rollouts = generate(replicas[0])

@@ -1,4 +1,4 @@
-"""Two processes that run every case of many ranks, once for all tests."""
+"""Two processes that run the cases of a script together."""
 
 import socket
 import subprocess
@@ -31,11 +31,3 @@ def two_ranks(tiny_folder: Path) -> Callable[[str, Path], None]:
         assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def job(two_ranks: Callable[[str, Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the outcomes of both ranks: one pair of processes runs all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    two_ranks("rank_worker.py", folder)
-    return folder

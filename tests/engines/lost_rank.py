@@ -1,4 +1,7 @@
-"""One rank of two: `lost_rank.py RANK PORT FATE`. Rank 1 dies or sleeps after a first exchange, or comes never."""
+"""One rank of two: `lost_rank.py RANK PORT FATE`. Rank 1 dies or sleeps after a first exchange, or comes never.
+
+It says when it has its libraries, and begins when it is answered: ranks meet within a short deadline.
+"""
 
 import os
 import sys
@@ -10,11 +13,13 @@ import torch.distributed as dist
 from rlhf.engines import ranks
 from rlhf.errors import TrainingError
 
-DEADLINE_S = 3.0
+DEADLINE_S = 8.0
 
 
 def main() -> None:
     rank, port, fate = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    print("ready", flush=True)
+    sys.stdin.readline()
     if fate == "comes never":
         sys.exit(refused(port))
     for _ in range(2):  # the second time does nothing

@@ -1,4 +1,4 @@
-"""One rank of two: `rank_worker.py MODEL_FOLDER JOB_FOLDER RANK PORT` runs every case of two ranks.
+"""One rank of two: `rank_worker.py MODEL_FOLDER JOB_FOLDER RANK PORT` steps through every case of two ranks.
 
 Writes to `JOB_FOLDER/<case>-<rank>.pt`.
 """
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 from engine_cases import HEAD_RATE, OPTIMIZER, build_model
-from learner_cases import BUCKET, LEARNER_CASES, go_round
 from rank_cases import RANK_CASES, Outcome, RankCase, drive
 
 from rlhf.engines import ranks, zero_config
 from rlhf.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf.models import merging
 from rlhf.models.recompute import recompute_activations
 
 MAX_TOKENS = 24
@@ -34,10 +32,6 @@ def main() -> None:
     folder, job, rank, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     ranks.join(rank, 2, "127.0.0.1", port, DEADLINE_S)
-    merging.BUCKET = BUCKET
-    for case in LEARNER_CASES:
-        zero_config.WHOLE_BELOW = 100_000 if case.whole else 0
-        torch.save(go_round(case, folder, 2, job / f"saved-{case}"), job / f"{case}-{rank}.pt")
     zero_config.WHOLE_BELOW = 0  # Or ZeRO-3 would leave every parameter of so small a model whole.
     for case in RANK_CASES:
         torch.save(run(case, folder), job / f"{case}-{rank}.pt")

@@ -28,6 +28,14 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
+def job(two_ranks: Callable[[str, Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outcomes of both ranks: one pair of processes runs all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    two_ranks("learner_worker.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[LearnerCase], Round]:
     """What one rank does with plain torch on the whole batch."""
 

@@ -96,11 +96,11 @@ def test_a_collective_that_hangs_ends_at_the_deadline_or_when_a_replica_fails():
     client = ReplicaClient([], 1.0)
     started = time.monotonic()
     with pytest.raises(TrainingError, match=r"for longer than ray\.call_timeout_s"):
-        bounded(lambda: time.sleep(30), client)
-    client = ReplicaClient([], 30.0)
+        bounded(lambda: time.sleep(600), client)
+    client = ReplicaClient([], 300.0)
     client.failure = TrainingError("rollout-1.update_weights: the process died")
     with pytest.raises(TrainingError, match="rollout-1"):
-        bounded(lambda: time.sleep(30), client)
+        bounded(lambda: time.sleep(600), client)
     with pytest.raises(MemoryError):
-        bounded(lambda: (_ for _ in ()).throw(MemoryError()), ReplicaClient([], 30.0))
-    assert time.monotonic() - started < 10
+        bounded(lambda: (_ for _ in ()).throw(MemoryError()), ReplicaClient([], 300.0))
+    assert time.monotonic() - started < 120

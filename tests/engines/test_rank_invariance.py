@@ -21,6 +21,14 @@ Sums = dict[str, tuple[float, float]]
 
 
 @pytest.fixture(scope="module")
+def job(two_ranks: Callable[[str, Path], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outcomes of both ranks: one pair of processes runs all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    two_ranks("rank_worker.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def one_rank(tiny_folder: Path) -> Callable[..., Outcome]:
     """What TorchEngine does on the whole batch in one pass."""
 

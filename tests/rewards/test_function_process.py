@@ -135,8 +135,12 @@ def test_two_calls_at_once_keep_their_answers_apart(path):
 
 
 def test_children_of_the_function_end_with_it(path, tmp_path):
-    failure(path, "children", timeout_s=0.5, prompt=Prompt("1", (1,), str(tmp_path / "pid")))
+    failure(path, "children", timeout_s=3, prompt=Prompt("1", (1,), str(tmp_path / "pid")))
     assert gone(int((tmp_path / "pid").read_text()))
+
+
+def written(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
 
 
 def test_it_dies_with_the_parent_however_that_ends(path, tmp_path):
@@ -152,8 +156,10 @@ def test_it_dies_with_the_parent_however_that_ends(path, tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", code, path, str(tmp_path / "pid")], stdout=subprocess.PIPE)
     with parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        time.sleep(0.4)
-        pids.append(int((tmp_path / "pid").read_text()))
+        ends = time.monotonic() + 60
+        while not (child := written(tmp_path / "pid")) and time.monotonic() < ends:
+            time.sleep(0.01)
+        pids.append(int(child))
         parent.send_signal(signal.SIGKILL)
     assert all(gone(pid) for pid in pids)
 

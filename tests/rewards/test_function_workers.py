@@ -102,8 +102,8 @@ def test_a_process_that_cannot_be_imported_any_more_is_named(tmp_path):
 
 def test_a_hang_in_one_process_names_its_prompt_and_line(tmp_path):
     source = "import time\ndef score(p, r, m):\n    if r == '9':\n        time.sleep(600)\n    return 1\n"
-    made = reward(tmp_path, source, 3, timeout_s=1.0)
-    with pytest.raises(TrainingError, match=r"mine.py:4: score\(\) did not return within 1 s \(prompt id 9\)"):
+    made = reward(tmp_path, source, 3, timeout_s=3.0)
+    with pytest.raises(TrainingError, match=r"mine.py:4: score\(\) did not return within 3 s \(prompt id 9\)"):
         made.score_texts(PROMPTS, TEXTS)
     assert made.score_texts(PROMPTS[10:], TEXTS[10:]) == [1.0] * 14
 

@@ -179,7 +179,7 @@ def nothing(what, number):
 
 def test_the_next_step_is_drawn_while_this_one_is_learnt(tmp_path):
     """Both wait for each other in the midst of their work: one after the other, they would wait in vain."""
-    together, alone = threading.Barrier(2, timeout=20), []
+    together, alone = threading.Barrier(2, timeout=120), []
 
     def during(what, number):
         if (what == "generate" and number > 0) or (what == "learn" and number < 4):
