@@ -101,7 +101,8 @@ class Plan:
 def make_plan(loaded: LoadedRecipe, resources: Resources, device: Device | None = None, search: bool = False) -> Plan:
     """Derive the plan of a recipe; the base model is fetched or converted for its config, no weight is loaded.
 
-    Its dtype is decided (`rlhf.recipe.dtype`). `device` is what each GPU is; `search` finds the fewest of them. Raises RecipeError when there is no such model.
+    The dtype of `loaded` is a decided one (`rlhf.recipe.dtype`). `device` is what each GPU is; `search` finds the
+    fewest of them. Raises RecipeError when there is no such model.
     """
     from rlhf.models.loading import resolve_model
 
