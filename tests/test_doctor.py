@@ -15,6 +15,7 @@ from rlhf.doctor import services
 from rlhf.doctor.check import Check, print_checks
 from rlhf.doctor.hardware import (
     allocator_check,
+    dtype_check,
     folder_check,
     gpu_check,
     memory_check,
@@ -23,6 +24,7 @@ from rlhf.doctor.hardware import (
 )
 from rlhf.doctor.services import dashboard_check, hub_check, token_check, wandb_check
 from rlhf.doctor.software import Probe, Probes, import_checks, python_check, read_lock, torch_build, version_checks
+from rlhf.recipe.products import Products
 
 GIB = 2**30
 
@@ -63,6 +65,21 @@ def test_gpus(driver, cuda, seen, environ, state, said):
     check = gpu_check(environ, driver, cuda, seen)
     assert check.state == state
     assert said in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "gpus", "state", "said"),
+    [
+        (2e11, 0, "ok", "auto is bfloat16"),
+        (2e9, 0, "warn", "50 times slower than float32"),
+        (2e9, 1, "ok", "auto follows the devices of the roles"),
+    ],
+)
+def test_dtype(bfloat16, gpus, state, said):
+    check = dtype_check(Products(bfloat16, 1e11, bfloat16 > 1e11), gpus)
+    assert check.state == state
+    assert said in check.found
+    assert ("auto" in check.remedy) == (state == "warn")
 
 
 @pytest.mark.parametrize(

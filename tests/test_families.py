@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from rlhf.cli import main
 from rlhf.recipe.devices import named_device
+from rlhf.recipe.dtype import Here, decide
 from rlhf.recipe.fit import Shapes, check_memory
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.model_shape import read_shape
@@ -51,7 +52,8 @@ def test_every_recipe_of_the_folder_has_a_machine():
 @pytest.mark.parametrize("name", SETUPS)
 def test_it_fits(name):
     shape_name, parameters, gpu, count = SETUPS[name]
-    recipe = load_recipe(FAMILIES / f"{name}.yaml").recipe
+    recipe = decide(load_recipe(FAMILIES / f"{name}.yaml").recipe, Here(planned=named_device(gpu))).recipe
+    assert recipe.model.precision == "bfloat16"
     shape = read_shape(SHAPES / shape_name)
     assert shape.parameters == parameters
     assert sum(bundle.resources.get("GPU", 0) for bundle in place(recipe)) == count

@@ -69,6 +69,7 @@ def test_it_writes_a_valid_recipe(folder, data, method, stages, gpus):
     assert f"OK mine: {' -> '.join(stages)}" in result.stdout
     recipe = load_recipe(folder / "mine.yaml").recipe
     assert [stage.name for stage in recipe.stages] == stages
+    assert recipe.model.dtype == "auto"
     assert (recipe.roles.policy.gpus, recipe.roles.policy.ranks) == ((0, 1) if gpus == "0" else (1, 2))
     check_disjoint(recipe)
     text = (folder / "mine.yaml").read_text()

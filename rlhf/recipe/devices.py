@@ -2,8 +2,9 @@
 
 NVIDIA's data sheets of the A100 (2021), H100 (SXM5), H200, L40S, L4, B200 (in the DGX B200), V100 (SXM2) and T4, and
 the Ada GPU architecture white paper for the RTX 4090. Rates are of dense bfloat16 products accumulated in float32,
-without sparsity, and of float32 products where a GPU has no bfloat16. Memory and its bandwidth are in decimal units
-there, and memory is in bytes as CUDA reports it here, roughly. `link` is the bandwidth to a neighbour in one direction: NVLink, or else PCIe.
+without sparsity, and of float32 products where a GPU has none in bfloat16; memory and its bandwidth are in decimal
+units there and memory is in bytes as CUDA reports it here, roughly; `link` is the bandwidth to a neighbour in one
+direction: NVLink, or else PCIe.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Speed:
     def why(self) -> str:
         """In words, why that dtype and not the other."""
         if self.slower is None:
-            return f"{self.device} {'have' if self.dtype == 'bfloat16' else 'have no'} bfloat16 products"
+            return f"{'there are' if self.dtype == 'bfloat16' else 'no'} bfloat16 products on {self.device}"
         if self.dtype == "float32":
             return f"bfloat16 products are {self.slower:.2g} times slower than float32 on {self.device}"
         return f"bfloat16 products are {1 / self.slower:.2g} times as fast as float32 on {self.device}"

@@ -128,7 +128,9 @@ def make_plan(
     search: bool = False,
     known: Known | None = None,
 ) -> Plan:
-    """Derive the plan of a recipe; `known` is `look_up` of the recipe with its seeds expanded, made here otherwise.
+    """Derive the plan of a recipe whose dtype is decided (`rlhf.recipe.dtype`).
+
+    `known` is `look_up` of the recipe with its seeds expanded, made here otherwise.
 
     `device` is what each GPU is; `search` finds the fewest of them. Raises as `look_up` does.
     """

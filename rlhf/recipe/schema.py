@@ -23,8 +23,8 @@ class ModelSource(Strict):
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
-        description="of the weights: `auto` is bfloat16 on GPUs that have it and on CPUs that multiply it faster, "
-        "float32 elsewhere; a run folder keeps what it began with",
+        description="of the weights; `auto` is bfloat16 on GPUs that have it and on CPUs that are faster in it, "
+        "float32 elsewhere, and a run folder keeps what it began in",
     )
     chat_template: Path | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
 

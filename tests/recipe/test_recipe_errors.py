@@ -46,7 +46,8 @@ def message(folder, text, *overrides):
         (
             "dtype: float32",
             "dtype: float16",
-            "recipe.yaml:2:38: model.dtype: must be 'bfloat16' or 'float32', got 'float16' (did you mean bfloat16?)",
+            "recipe.yaml:2:38: model.dtype: must be 'auto', 'bfloat16' or 'float32', got 'float16'"
+            " (did you mean bfloat16?)",
         ),
         (
             "name: trial",

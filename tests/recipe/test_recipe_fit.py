@@ -30,7 +30,7 @@ H100, L4 = DEVICES["h100-80gb"], DEVICES["l4-24gb"]
 GIB = 2**30
 GPUS = """\
 name: large
-model: {path: model}
+model: {path: model, dtype: bfloat16}
 tuning: {kind: full}
 roles:
   policy: {gpus: 1, ranks: 4}
