@@ -148,6 +148,12 @@ class PpoStage(PolicyGradientStage):
 
     kind: Literal["ppo"]
     epochs: PositiveInt = Field(2, description="passes over each step's experience")
+    critic_start: Literal["fitted", "loaded"] = Field(
+        "fitted",
+        description="how the critic's head begins. fitted: by ridge regression on the returns of the first rollouts, "
+        "whose values come from fits that have not seen their prompt. loaded: as it is in the reward model, or random "
+        "where the reward is none: a reward model is trained at last tokens, and far off at those before",
+    )
     critic_tuning: Tuning | None = None
     critic_optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
     value_clip_range: Positive = 0.2
