@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.advantages import gae, group_centred, to_tokens, token_rewards, whitened_to_go
-from rlhf.algorithms.masked import whiten
+from rlhf.algorithms.masked import masked_sum, whiten
 from rlhf.engines.policy_objectives import ClippedValue
 from rlhf.engines.schedule import lr_scale
 from rlhf.recipe.online_schema import PpoStage
@@ -77,7 +77,8 @@ class WithCritic:
         advantages, returns = gae(rewards, values, mask, self.stage.gamma, self.stage.gae_lambda)
         error, spread = (returns - values)[mask], float(returns[mask].var())
         explained = 1 - float(error.var()) / spread if spread > 0 else 0.0
-        metrics = Metrics.of(float(mask.sum()), value=values.sum()).merge(Metrics.of(1, explained_variance=explained))
+        means = {"value": masked_sum(values, mask), "return": masked_sum(returns, mask)}
+        metrics = Metrics.of(float(mask.sum()), **means).merge(Metrics.of(1, explained_variance=explained))
         update = partial(self._train, ValueBatch(scored.batch, values, returns))
         return Estimate(whiten(advantages, mask), metrics, update)
 

@@ -87,7 +87,8 @@ LEARNER_CASES = [
     LearnerCase("sft", 0, "lora"),
     *(LearnerCase("sft", stage, tuning, park=park) for stage, tuning in PARKED for park in (False, True)),
     LearnerCase("value", 0),
-    LearnerCase("value", 1, "lora"),
+    LearnerCase("value", 2, "lora"),
+    LearnerCase("value", 3),
     LearnerCase("reward", 2),
     LearnerCase("reward", 3),
     LearnerCase("reward", 3, "lora", whole=True),
@@ -142,7 +143,7 @@ def ask(learner: ModelLearner, case: LearnerCase) -> dict[str, Part]:
     if learner.spec.kind == "causal":
         found = {"policy": learner.logprobs(batch), "one": learner.logprobs(batch.select([1]))}
         return found | ({"base": learner.logprobs(batch, "base")} if support(TUNINGS[case.tuning]).reference else {})
-    found = {} if case.frozen else {"fitted": learner.fit_values(value_batch())}
+    found = {"fitted": learner.fit_values(value_batch())} if case.objective == "value" else {}
     found |= {"scores": learner.scores(batch), "values": learner.values(batch)}
     if not case.frozen:
         learner.standardise(0.5, 2.0)
