@@ -36,8 +36,8 @@ def fit_ridge(moments: Tensor) -> RidgeFit:
     """Return the fit to all folds of moments `[F, H + 2, H + 2]`, and those that leave one fold out each.
 
     The strength is the one of `STRENGTHS` whose fits predict the folds left out best in squared error. A single fold
-    with rows has nothing to be predicted by, so its mean is all that is taken. Raises TrainingError for moments that are not
-    finite.
+    with rows has nothing to be predicted by, so its mean is all that is taken. Raises TrainingError for moments that
+    are not finite.
     """
     if not moments.isfinite().all():
         raise TrainingError("states or targets of the regression are not finite")

@@ -94,4 +94,3 @@ def fold_numbers(batch: ValueBatch) -> Tensor:
     for number, rows in enumerate(batch.families()):
         folds[rows] = number % FOLDS
     return folds
-

@@ -170,8 +170,8 @@ def shaped(raw_scores: Tensor, lengths: Tensor, unfinished: Tensor, stage: Onlin
 def measure(scored: Scored, compares_samples: bool) -> Metrics:
     """Return what every method reports of its rollouts; the share of flat groups where samples are compared.
 
-    `agreement` is missing in steps in which the trainer was not asked, and `entropy` is then the mean of -logprob of the
-    sampled tokens: the same in expectation, with more noise.
+    `agreement` is missing in steps in which the trainer was not asked, and `entropy` is then the mean of -logprob of
+    the sampled tokens: the same in expectation, with more noise.
     """
     mask, rows = scored.batch.response_mask, len(scored.scores)
     tokens = float(mask.sum())

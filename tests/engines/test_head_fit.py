@@ -21,10 +21,11 @@ from rlhf.recipe.tuning_schema import Full, Tuning
 from rlhf.types import TokenBatch, ValueBatch
 
 LENGTHS = [9, 14, 6, 11, 8, 12, 10, 7, 13, 9, 11, 8]
+FULL = Full()
 PROMPTS = [4, 6, 3, 2, 6, 5, 4, 3, 6, 2, 5, 4]
 
 
-def spec_of(folder: Path, tuning: Tuning = Full(), dtype: str = "float32", max_tokens: int = 10**6) -> LearnerSpec:
+def spec_of(folder: Path, tuning: Tuning = FULL, dtype: str = "float32", max_tokens: int = 10**6) -> LearnerSpec:
     return LearnerSpec(
         role="critic",
         kind="scalar",
