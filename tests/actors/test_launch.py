@@ -246,7 +246,7 @@ def test_a_run_that_a_guard_stops_ends_all_the_same(tmp_path):
 
 @pytest.mark.vllm
 def test_the_pipeline_with_vllm_agrees_with_the_trainer_at_every_step(tmp_path):
-    run = start(tmp_path, "vllm.yaml")
+    run = start(tmp_path, "vllm.yaml", "--set", "stages.ppo.old_logprobs=recompute")
     run.finish()
     assert run.run.returncode == 0, run.stderr
     steps = rows(tmp_path, "ppo")
