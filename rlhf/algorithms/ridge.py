@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf.errors import TrainingError
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, math.inf)
 """Penalties on the squared weights, in units of the mean variance of an input; the last leaves the mean alone."""
 
 
@@ -35,7 +35,7 @@ def second_moments(states: Tensor, targets: Tensor) -> Tensor:
 def fit_ridge(moments: Tensor) -> RidgeFit:
     """Return the fit to all folds of moments `[F, H + 2, H + 2]`, and those that leave one fold out each.
 
-    The strength is the one of `STRENGTHS` whose fits predict the folds left out best in squared error. A single fold
+    The strength is the largest of `STRENGTHS` whose fits predict the folds left out about as well as any. A single fold
     with rows has nothing to be predicted by, so its mean is all that is taken. Raises TrainingError for moments that
     are not finite.
     """
@@ -45,15 +45,26 @@ def fit_ridge(moments: Tensor) -> RidgeFit:
     if int((moments[:, -2, -2] > 0).sum()) < 2:
         solved = ridge(whole, math.inf)
         return RidgeFit(solved[:-1], solved[-1], solved.expand(len(moments), -1), math.inf)
-    best: tuple[float, Tensor, float] | None = None
-    for strength in STRENGTHS:
-        left_out = torch.stack([ridge(whole - fold, strength) for fold in moments])
-        error = sum(float(squared_error(fold, solved)) for fold, solved in zip(moments, left_out, strict=True))
-        if best is None or error < best[0]:
-            best = (error, left_out, strength)
-    assert best is not None
-    solved = ridge(whole, best[2])
-    return RidgeFit(solved[:-1], solved[-1], best[1], best[2])
+    fits = [torch.stack([ridge(whole - fold, strength) for fold in moments]) for strength in STRENGTHS]
+    errors = torch.stack([_errors(moments, left_out) for left_out in fits])
+    chosen = _strongest(errors)
+    solved = ridge(whole, STRENGTHS[chosen])
+    return RidgeFit(solved[:-1], solved[-1], fits[chosen], STRENGTHS[chosen])
+
+
+def _errors(moments: Tensor, left_out: Tensor) -> Tensor:
+    """Return the squared error of each fold by the fit without it, `[F]`."""
+    return torch.stack([squared_error(fold, solved) for fold, solved in zip(moments, left_out, strict=True)])
+
+
+def _strongest(errors: Tensor) -> int:
+    """Return the number of the last strength no worse than the best, by errors `[strengths, F]` (Breiman et al. 1984).
+
+    No worse is what is worse by at most one standard error of the sum of the folds' differences.
+    """
+    worse = errors - errors[errors.sum(dim=1).argmin()]
+    fits = worse.sum(dim=1) <= worse.std(dim=1) * math.sqrt(worse.shape[1])
+    return int(fits.nonzero().max())
 
 
 def ridge(moments: Tensor, strength: float) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.algorithms.ridge import fit_ridge, intercept, ridge, second_moments, squared_error
+from rlhf.algorithms.ridge import _strongest, fit_ridge, intercept, ridge, second_moments, squared_error
 from rlhf.errors import TrainingError
 
 
@@ -70,8 +70,14 @@ def test_where_something_is_known_it_is_learnt_and_where_nothing_is_the_mean_sta
     assert fit_ridge(folds(*made())).strength < 0.1
     unknown = fit_ridge(folds(states, noise))
     assert unknown.strength >= 10
-    told = unknown.weights.norm() * states.var().sqrt()
-    assert float(told) < 0.5 * float(noise.std())
+    assert float((states.double() @ unknown.weights).std()) < 0.5 * float(noise.std())
+
+
+def test_the_strongest_penalty_within_a_standard_error_of_the_best_is_taken():
+    """Differences to the best, 10 in all: 1, 1, 1 has no error; 3, -1, -1 sums to 1, and its error is 2.31 * 1.73."""
+    best, sure, unsure = [3.0, 3.0, 4.0], [4.0, 4.0, 5.0], [6.0, 2.0, 3.0]
+    assert _strongest(torch.tensor([best, sure])) == 0
+    assert _strongest(torch.tensor([best, unsure, sure])) == 1
 
 
 def test_one_fold_with_rows_gives_its_mean():
