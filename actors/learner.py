@@ -29,7 +29,7 @@ from rlhf.errors import ResourceError
 from rlhf.manifest import Seal
 from rlhf.recipe.tuning_support import support
 from rlhf.roles import Pending, RolloutEngine, WeightReceipt
-from rlhf.types import Metrics, TokenBatch, TokenScores
+from rlhf.types import Metrics, TokenBatch, TokenScores, ValueBatch
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -140,6 +140,10 @@ class RayModel:
     def values(self, batch: TokenBatch) -> Pending[Tensor]:
         """Return the value before each response token, `[B, T]`."""
         return self.group.ask("values", assemble, SHIPPED(batch))
+
+    def fit_values(self, batch: ValueBatch) -> Pending[Tensor]:
+        """Fit the head to the returns; return the values before each response token, `[B, T]`."""
+        return self.group.ask("fit_values", assemble, SHIPPED(batch))
 
     def standardise(self, mean: float, std: float) -> Pending[None]:
         """Fold (score - mean) / std into the head."""

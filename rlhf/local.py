@@ -19,7 +19,7 @@ from rlhf.fingerprint import architecture_digest
 from rlhf.manifest import Seal
 from rlhf.recipe.schema import Recipe
 from rlhf.roles import EnginePart, Ready, RolloutEngine, WeightReceipt
-from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
+from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores, ValueBatch
 
 
 class LocalModel:
@@ -53,6 +53,10 @@ class LocalModel:
     def values(self, batch: TokenBatch) -> Ready[Tensor]:
         """Return token values."""
         return Ready(assemble([self.learner.values(batch)]))
+
+    def fit_values(self, batch: ValueBatch) -> Ready[Tensor]:
+        """Fit the head to the returns."""
+        return Ready(assemble([self.learner.fit_values(batch)]))
 
     def standardise(self, mean: float, std: float) -> Ready[None]:
         """Fold (score - mean) / std into the head."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rlhf.engines.base import B, LearnerSpec, Objective, RolloutSpec
     from rlhf.manifest import Seal
-    from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores
+    from rlhf.types import Metrics, Prompt, Rollout, Sampling, TokenBatch, TokenScores, ValueBatch
 
 T_co = TypeVar("T_co", covariant=True)
 EnginePart = Literal["weights", "kv_cache"]
@@ -146,6 +146,13 @@ class Reward(Scalar, Learner, Protocol):
 
 class Critic(Scalar, Learner, Protocol):
     """The value model of PPO."""
+
+    def fit_values(self, batch: ValueBatch) -> Pending[Tensor]:
+        """Set the head to the ridge regression of the returns, before anything is trained.
+
+        Returns the value before each response token, `[B, T]`, by a fit that has not seen the row's prompt.
+        """
+        ...
 
 
 class RolloutEngine(Protocol):

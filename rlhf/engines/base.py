@@ -93,6 +93,10 @@ class TrainEngine(Protocol):
         """Make a context in which the parameters are whole on every rank; changes are kept where `writable`."""
         ...
 
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a trained parameter, and its float32 copy, to a whole tensor; all ranks call this with the same."""
+        ...
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of what training goes on from, whole, each good until the next; all ranks iterate.
 

@@ -98,6 +98,16 @@ class DeepSpeedEngine:
         gather = self.deepspeed.zero.GatheredParameters
         return gather(list(parameters), modifier_rank=0 if writable else None)
 
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a trained parameter and its master, wherever its parts are."""
+        if self.zero_stage == 0:
+            parameter.copy_(value)
+            return
+        from rlhf.engines.zero_state import restore_parameter
+
+        restore_parameter(parameter, {"parameter": value.float()}, self.gathered)
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what training goes on from; all ranks iterate."""
         if self.zero_stage == 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.engines.base import B, LearnerSpec, Objective, TrainEngine
+from rlhf.engines.head_fit import HeadFit
 from rlhf.engines.microbatch import rank_passes
 from rlhf.engines.offloading import Parked
 from rlhf.engines.ranks import exchanging, join_alone, position
@@ -31,15 +32,17 @@ from rlhf.models.merging import leave_whole, merged_weights
 from rlhf.models.quantised import keep_packing, quantisation
 from rlhf.models.recompute import recompute_activations
 from rlhf.models.saving import save_merged
-from rlhf.models.scalar import fold_standardisation, load_scalar
+from rlhf.models.scalar import fold_standardisation, load_scalar, offset_of, set_offset
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.models.tuning import adapters_off, apply_tuning, trainable_parameters, unwrapped
 from rlhf.pulse import PULSE
 from rlhf.recipe.tuning_support import support
 from rlhf.seeding import derive
-from rlhf.types import Metrics, Rows, TokenBatch
+from rlhf.types import Metrics, Rows, TokenBatch, ValueBatch
 
 T = TypeVar("T")
+OFFSET = "score_offset"
+"""What a state calls the offset of a scalar head, which is no parameter."""
 
 
 class ModelLearner:
@@ -127,6 +130,21 @@ class ModelLearner:
         with exchanging(f"{self.spec.role}.standardise"), self._gathered([head], writable=True):
             fold_standardisation(self.model, mean, std)
 
+    @torch.no_grad()
+    def fit_values(self, batch: ValueBatch) -> Part:
+        """Set the scalar head to the ridge regression of the returns, before anything is trained.
+
+        Returns the values of this rank's rows, `[rows, T]`, each by a fit that has not seen the row's prompt.
+        """
+        engine, batch = self._training(), batch.to(self.device)
+        with exchanging(f"{self.spec.role}.fit_values"):
+            fitted = HeadFit(self._run, batch, self._passes(batch), self.spec.ranks)
+            head = unwrapped(self.model).score.weight
+            weights, offset = fitted.head(head.dtype)
+            engine.assign(head, weights)
+            set_offset(self.model, offset)
+            return fitted.values()
+
     def offload(self) -> None:
         """Move weights, gradients and optimizer to main memory; on CPU they are there."""
         if self.parked is None and self.device.type != "cpu":
@@ -182,6 +200,8 @@ class ModelLearner:
         engine = self._training()
         with exchanging(f"{self.spec.role}.save_state"):
             counts = [("updates", torch.tensor(self.updates))]
+            if self.spec.kind == "scalar":
+                counts.append((OFFSET, torch.tensor(offset_of(self.model), dtype=torch.float64)))
             return write_state(chain(counts, engine.state()), folder, self.spec.role, self.rank, self.spec.ranks)
 
     def load_state(self, folder: Path) -> None:
@@ -190,6 +210,8 @@ class ModelLearner:
         with exchanging(f"{self.spec.role}.load_state"):
             self._training().restore(state)
         self.updates = int(state["updates"])
+        if OFFSET in state:
+            set_offset(self.model, float(state[OFFSET]))
 
     def close(self) -> None:
         """Free the engine; the model is of no use afterwards."""

@@ -30,7 +30,7 @@ LARGE = 2**24
 
 def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
     """Return differentiable logprobs of the response tokens, `[B, T]` float32, 0 elsewhere."""
-    scored = _scored(batch)
+    scored = scored_tokens(batch)
     if (weight := _large_head(model, scored)) is not None:
         found = linear_logprobs(_states(model, batch, scored), weight, batch.tokens[scored], temperature)
     else:
@@ -41,7 +41,7 @@ def response_logprobs(model: nn.Module, batch: TokenBatch, temperature: float = 
 @torch.no_grad()
 def token_scores(model: nn.Module, batch: TokenBatch, temperature: float) -> Tensor:
     """Return logprobs and entropies of the response tokens, `[B, 2, T]` float32, 0 elsewhere; no gradient."""
-    scored = _scored(batch)
+    scored = scored_tokens(batch)
     if (weight := _large_head(model, scored)) is not None:
         found = linear_token_scores(_states(model, batch, scored), weight, batch.tokens[scored], temperature)
     else:
@@ -76,7 +76,7 @@ def _logits(model: nn.Module, batch: TokenBatch, scored: Tensor, temperature: fl
     return logits if temperature == 1 else logits / temperature
 
 
-def _scored(batch: TokenBatch) -> Tensor:
+def scored_tokens(batch: TokenBatch) -> Tensor:
     """Return where a response token stands that something predicts: all but a first token, `[B, T]` bool."""
     mask = batch.response_mask.clone()
     mask[:, 0] = False
@@ -105,6 +105,19 @@ def short_attention(batch: TokenBatch) -> AbstractContextManager[None]:
 def response_values(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Return differentiable values before each response token, `[B, T]` float32, 0 elsewhere."""
     return align(_values(model, batch)[:, :-1]).masked_fill(~batch.response_mask, 0.0)
+
+
+def value_states(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Return the hidden states that the values before the response tokens are read from, row by row, `[S, H]`.
+
+    S counts the tokens of `scored_tokens`; what `response_values` gives for them is the head's output on these.
+    """
+    scored = scored_tokens(batch)
+    if runs_flat(model):
+        return _states(model, batch, scored)
+    with short_attention(batch):
+        inputs, before = padded_inputs(model, batch)
+        return last_hidden(model, inputs)[:, before:-1][scored[:, 1:]]
 
 
 def sequence_scores(model: nn.Module, batch: TokenBatch) -> Tensor:

@@ -58,6 +58,13 @@ class TorchEngine:
         """Do nothing: parameters are always whole here."""
         return nullcontext()
 
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a trained parameter and its master."""
+        masters = [master for own, master in zip(self.parameters, self.masters, strict=True) if own is parameter]
+        for tensor in (parameter, *masters):
+            tensor.copy_(value)
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what training goes on from."""
         return adam_state(self.optimizer, self.trained)

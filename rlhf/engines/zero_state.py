@@ -54,7 +54,7 @@ def restore_zero(zero: Any, named: Named, state: Mapping[str, Tensor], gathered:
         _link(zero)
     for name, parameter in named:
         whole = {key: state[f"{key}/{name}"] for key in ("parameter", *KEYS) if f"{key}/{name}" in state}
-        _restore(parameter, whole, gathered)
+        restore_parameter(parameter, whole, gathered)
 
 
 def _link(zero: Any) -> None:
@@ -64,7 +64,8 @@ def _link(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _restore(parameter: nn.Parameter, whole: Mapping[str, Tensor], gathered: Gathered) -> None:
+def restore_parameter(parameter: nn.Parameter, whole: Mapping[str, Tensor], gathered: Gathered) -> None:
+    """Put back a parameter and what there is of its moments, by `parameter` and `KEYS`; every rank calls this."""
     with gathered([parameter], writable=True):
         parameter.data.copy_(whole["parameter"])
     cut = hasattr(parameter, "ds_tensor")

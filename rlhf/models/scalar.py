@@ -74,3 +74,13 @@ def fold_standardisation(model: PreTrainedModel | PeftModel, mean: float, std: f
     plain = unwrapped(model)
     plain.score.weight.div_(std)
     plain.config.rlhf_score_offset = (plain.config.rlhf_score_offset + mean) / std
+
+
+def set_offset(model: PreTrainedModel | PeftModel, offset: float) -> None:
+    """Say what `scalars` subtracts from the head's output."""
+    unwrapped(model).config.rlhf_score_offset = offset
+
+
+def offset_of(model: PreTrainedModel | PeftModel) -> float:
+    """Return what `scalars` subtracts from the head's output."""
+    return float(unwrapped(model).config.rlhf_score_offset)

@@ -30,7 +30,16 @@ class Agreement(Strict):
     """The gate between engine and trainer: both compute the logprobs of the same sampled tokens."""
 
     tolerance: Positive = Field(0.1, description="largest mean |difference| in nats; above it the run stops")
-    interval: PositiveInt = Field(1, description="check every so many steps, beside the first")
+    interval: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="check every so many steps, beside the first; auto: every step, and every 10 where the engine's "
+        "logprobs are those learnt from (`old_logprobs`), since a check costs a pass of the trainer there",
+    )
+
+    @property
+    def every(self) -> int:
+        """The steps from one check to the next; `rlhf.stages.old_logprobs` has settled `auto` where it is not 1."""
+        return 1 if self.interval == "auto" else self.interval
 
 
 class Overlong(Strict):
@@ -94,12 +103,13 @@ class PolicyGradientStage(OnlineStage):
         description="steps by which rollouts may lag behind the policy; 1 generates the next step's rollouts while "
         "this step is learnt",
     )
-    old_logprobs: Literal["recompute", "rollout"] = Field(
-        "recompute",
-        description="logprobs of the policy before the step: by a pass of the trainer, or, between agreement checks, "
-        "without one: a step of one update knows them itself, so the loss is the same; with several updates they are "
-        "those of the engine that sampled, and the clip also meets what the two differ by: tiny in float32, in "
-        "bfloat16 0.03 to 0.06 nats in the mean",
+    old_logprobs: Literal["auto", "recompute", "rollout"] = Field(
+        "auto",
+        description="logprobs of the policy before the step. recompute: by a pass of the trainer. rollout: between "
+        "agreement checks without one; a step of one update knows them itself, so the loss is the same; with several "
+        "updates they are those of the engine that sampled, and the clip also meets what the two differ by: a few "
+        "millionths of a nat in float32, in bfloat16 0.03 to 0.06 in the mean. auto: rollout where model.dtype is "
+        "float32 and staleness 0, recompute elsewhere",
     )
     kl_coef: KlCoef = 0.02
     kl_in: KlIn = "reward"
@@ -124,7 +134,7 @@ class PolicyGradientStage(OnlineStage):
                 "recompute where staleness is above 0 (the engine's logprobs are an older policy's there, not those of"
                 " the policy before the step)",
             )
-        if value == "rollout" and agreement and agreement.interval == 1:
+        if value == "rollout" and agreement and agreement.interval == 1:  # by the recipe, not by `auto`
             raise PydanticCustomError(
                 "no_gain",
                 "recompute where agreement.interval is 1 (the trainer's pass is left out between agreement checks, and"
@@ -138,6 +148,12 @@ class PpoStage(PolicyGradientStage):
 
     kind: Literal["ppo"]
     epochs: PositiveInt = Field(2, description="passes over each step's experience")
+    critic_start: Literal["fitted", "loaded"] = Field(
+        "fitted",
+        description="how the critic's head begins. fitted: by ridge regression on the returns of the first rollouts, "
+        "whose values come from fits that have not seen their prompt. loaded: as it is in the reward model, or random "
+        "where the reward is none: a reward model is trained at last tokens, and far off at those before",
+    )
     critic_tuning: Tuning | None = None
     critic_optimizer: Optimizer = Optimizer(learning_rate=1e-5, schedule="constant")
     value_clip_range: Positive = 0.2

@@ -35,6 +35,8 @@ RISEN, TURNED, FALLEN = 0.05, 2, 0.15
 # Of the loss at first, what is lost by who learns hardly anything.
 HARDLY = 0.05
 FEWEST_STEPS = 16
+# A critic's beginning: an explained variance of -1 is twice the squared error of a constant.
+FIRST_STEPS, WORSE_THAN_CONSTANT = 3, -1.0
 WINDOWS = 8
 SURE = 4.0
 LIKELY = 2.0
@@ -75,8 +77,11 @@ class Window:
 
 
 def diagnose_curve(kind: str, curve: Curve) -> list[Diagnosis]:
-    """Return what is wrong with a stage of that kind by its metrics so far; nothing before step 16."""
-    checks = (_hacking, _kl, _entropy, _critic, _chosen, _length, _flat, _unfinished, _overfitting)
+    """Return what is wrong with a stage of that kind by its metrics so far.
+
+    Before step 16 there is nothing but what the first steps of a critic tell.
+    """
+    checks = (_hacking, _kl, _entropy, _critic_start, _critic, _chosen, _length, _flat, _unfinished, _overfitting)
     return [finding for check in checks for finding in check(kind, curve)]
 
 
@@ -161,6 +166,30 @@ def _entropy(kind: str, curve: Curve) -> Iterator[Diagnosis]:
         f"From {show(entropy[0].mean)} to {show(entropy[-1].mean)} nats a token; little is left to explore"
         + (f", and the reward fell from {show(best.mean)} to {show(reward[-1].mean)}." if best and lost else "."),
         "a lower learning rate, a larger kl_coef, more samples per prompt.",
+    )
+
+
+def _critic_start(kind: str, curve: Curve) -> Iterator[Diagnosis]:
+    """Values that begin far from the returns: as wrong as twice what a constant would be, or all on one side."""
+    explained, values, returns, spread = (
+        [value for _, value in series(curve, name)[:FIRST_STEPS]]
+        for name in ("explained_variance", "value", "return", "reward_std")
+    )
+    if len(explained) < FIRST_STEPS:
+        return
+    gaps = [abs(value - found) - apart for value, found, apart in zip(values, returns, spread, strict=False)]
+    aside = len(gaps) == FIRST_STEPS and min(gaps) > 0
+    if not aside and fmean(explained) > WORSE_THAN_CONSTANT:
+        return
+    means = f"its mean value was {show(values[0])} where returns were {show(returns[0])}" if values and returns else ""
+    yield Diagnosis(
+        "the critic began far from the returns",
+        "warn",
+        f"In the first {FIRST_STEPS} steps its explained variance was {show(fmean(explained))} (0 is what a constant "
+        f"would do){f', and {means} at first' if means else ''}; until it has unlearnt that, advantages are mostly its "
+        "errors.",
+        "`critic_start: fitted`, the default; a larger value_clip_range, which bounds what a value moves in a step; a "
+        "higher critic_optimizer.learning_rate.",
     )
 
 

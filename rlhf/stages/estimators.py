@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.advantages import gae, group_centred, to_tokens, token_rewards, whitened_to_go
-from rlhf.algorithms.masked import whiten
+from rlhf.algorithms.masked import masked_sum, whiten
 from rlhf.engines.policy_objectives import ClippedValue
 from rlhf.engines.schedule import lr_scale
 from rlhf.recipe.online_schema import PpoStage
@@ -43,8 +43,11 @@ class Estimator(Protocol):
         """Return the value before each response token, `[B, T]`; zeros without a critic."""
         ...
 
-    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float) -> Estimate:
-        """Return advantages from scores and per-token KL `[B, T]`, of which `kl_coef` times is part of the reward."""
+    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float, step: int) -> Estimate:
+        """Return advantages from scores and per-token KL `[B, T]`, of which `kl_coef` times is part of the reward.
+
+        `step` counts the stage's steps from 0.
+        """
         ...
 
 
@@ -66,16 +69,27 @@ class WithCritic:
         """Ask the critic."""
         return self.critic.values(batch)
 
-    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float) -> Estimate:
-        """Return whitened GAE; the critic learns from the returns."""
-        mask, values = scored.batch.response_mask, scored.values
+    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float, step: int) -> Estimate:
+        """Return whitened GAE; the critic learns from the returns, and before the first step its head is fitted."""
+        mask = scored.batch.response_mask
         rewards = token_rewards(scored.scores, kl, mask, kl_coef)
+        values = self._fitted(scored.batch, rewards) if self._begins(step) else scored.values
         advantages, returns = gae(rewards, values, mask, self.stage.gamma, self.stage.gae_lambda)
         error, spread = (returns - values)[mask], float(returns[mask].var())
         explained = 1 - float(error.var()) / spread if spread > 0 else 0.0
-        metrics = Metrics.of(float(mask.sum()), value=values.sum()).merge(Metrics.of(1, explained_variance=explained))
+        means = {"value": masked_sum(values, mask), "return": masked_sum(returns, mask)}
+        metrics = Metrics.of(float(mask.sum()), **means).merge(Metrics.of(1, explained_variance=explained))
         update = partial(self._train, ValueBatch(scored.batch, values, returns))
         return Estimate(whiten(advantages, mask), metrics, update)
+
+    def _begins(self, step: int) -> bool:
+        return step == 0 and self.stage.critic_start == "fitted"
+
+    def _fitted(self, batch: TokenBatch, rewards: Tensor) -> Tensor:
+        """Fit the critic's head to the rewards to go (lambda 1: no value of its own in them), and ask it again."""
+        nothing = torch.zeros_like(rewards)
+        _, to_go = gae(rewards, nothing, batch.response_mask, self.stage.gamma, gae_lambda=1.0)
+        return self.critic.fit_values(ValueBatch(batch, nothing, to_go)).result()
 
     def _train(self, batch: ValueBatch, minibatches: Minibatches, step: int, total: int) -> list[Pending[Metrics]]:
         scale = lr_scale(self.stage.critic_optimizer, step, total)
@@ -103,7 +117,7 @@ class AgainstGroup(_CriticFree):
 
     compare: Callable[[Tensor, Tensor], Tensor]
 
-    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float) -> Estimate:
+    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float, step: int) -> Estimate:
         """Return the comparison's advantages, the same for all tokens of a response."""
         mask = scored.batch.response_mask
         totals = scored.scores - kl_coef * kl.masked_fill(~mask, 0).sum(dim=1)
@@ -117,7 +131,7 @@ class AgainstBatch(_CriticFree):
     gamma: float
     baseline: Literal["batch", "group"]
 
-    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float) -> Estimate:
+    def estimate(self, scored: Scored, kl: Tensor, kl_coef: float, step: int) -> Estimate:
         """Return whitened rewards to go; the KL is part of each token's reward."""
         mask, scores = scored.batch.response_mask, scored.scores
         if self.baseline == "group":

@@ -170,7 +170,8 @@ def shaped(raw_scores: Tensor, lengths: Tensor, unfinished: Tensor, stage: Onlin
 def measure(scored: Scored, compares_samples: bool) -> Metrics:
     """Return what every method reports of its rollouts; the share of flat groups where samples are compared.
 
-    `entropy` and `agreement` are the trainer's to say, so they are missing in steps in which it was not asked.
+    `agreement` is missing in steps in which the trainer was not asked, and `entropy` is then the mean of -logprob of
+    the sampled tokens: the same in expectation, with more noise.
     """
     mask, rows = scored.batch.response_mask, len(scored.scores)
     tokens = float(mask.sum())
@@ -183,6 +184,8 @@ def measure(scored: Scored, compares_samples: bool) -> Metrics:
         gap = (scored.old.logprobs - scored.batch.rollout_logprobs).abs()
         per_token = Metrics.of(tokens, entropy=masked_sum(scored.old.entropy, mask), agreement=masked_sum(gap, mask))
         metrics = metrics.merge(per_token).merge(Metrics.of(1, agreement_max=gap[mask].max()))
+    else:
+        metrics = metrics.merge(Metrics.of(tokens, entropy=-masked_sum(scored.old_logprobs, mask)))
     if compares_samples:
         flat = flat_groups(scored.scores, scored.groups)
         metrics = metrics.merge(Metrics.of(len(flat), flat_groups=flat.sum()))

@@ -10,6 +10,7 @@ from rlhf.recipe.resources import reference_in_policy
 from rlhf.roles import Policy, Reference, Roles, SharedReference, WeightReceipt
 from rlhf.stages.context import StageContext
 from rlhf.stages.experience import staleness
+from rlhf.stages.old_logprobs import settled
 from rlhf.stages.online_dpo import OnlineDpo
 from rlhf.stages.online_draw import draw
 from rlhf.stages.online_step import Method, Training, going_on, make_step, steps
@@ -20,6 +21,7 @@ from rlhf.stages.sft import Summary
 
 def run(stage: AnyOnlineStage, context: StageContext) -> Summary:
     """Train the policy for the stage's steps, or until the budget is used up, and save it merged."""
+    stage = settled(stage, context.recipe.model.dtype)
     tokenizer = context.tokenizer(stage.policy)
     prompts = tokenize_prompts(read_prompts(stage.prompts), tokenizer, stage.max_prompt_tokens)
     roles, method = start_roles(stage, context, tokenizer)

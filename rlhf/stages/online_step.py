@@ -169,7 +169,7 @@ def asks_policy(stage: OnlineStage, step: int) -> bool:
     In other steps `old_logprobs: rollout` takes the engine's logprobs.
     """
     by_engine = isinstance(stage, PolicyGradientStage) and stage.old_logprobs == "rollout"
-    return not by_engine or step % stage.agreement.interval == 0
+    return not by_engine or step % stage.agreement.every == 0
 
 
 def check_step(metrics: Metrics, step: int, stage: OnlineStage) -> None:
@@ -178,7 +178,7 @@ def check_step(metrics: Metrics, step: int, stage: OnlineStage) -> None:
     Rollouts of older weights say nothing of the engine; `rlhf.stages.overlap` then asks it for fresh ones.
     """
     fresh = not metrics.get("staleness")
-    if fresh and step % stage.agreement.interval == 0:
+    if fresh and step % stage.agreement.every == 0:
         check_agreement(metrics["agreement"], stage)
     if not metrics["kl"] <= stage.max_kl:
         remedy = "beta" if isinstance(stage, OnlineDpoStage) else "kl_coef"

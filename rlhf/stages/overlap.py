@@ -66,7 +66,7 @@ def overlapped(training: Training) -> WeightReceipt:
 def _probe(training: Training, drawn: Draw, version: int) -> Drawing | None:
     """Begin a few short responses where the gate is due and the rollouts are too old for it."""
     stage, context = training.stage, training.context
-    if version % stage.agreement.interval or not drawn.metrics.get("staleness"):
+    if version % stage.agreement.every or not drawn.metrics.get("staleness"):
         return None
     prompts = list({rollout.prompt.id: rollout.prompt for rollout in drawn.rollouts}.values())[:PROBES]
     sampling = Sampling(min(PROBE_TOKENS, stage.max_response_tokens), stage.temperature)

@@ -69,7 +69,7 @@ class PolicyGradient:
         """Train on the scored rollouts, policy and critic on the same minibatches."""
         stage, mask = self.stage, scored.batch.response_mask
         kl = kl_estimate(scored.old_logprobs, scored.ref_logprobs, stage.kl_estimator).masked_fill(~mask, 0.0)
-        estimate = self.estimator.estimate(scored, kl, self.kl.coef if stage.kl_in == "reward" else 0.0)
+        estimate = self.estimator.estimate(scored, kl, self.kl.coef if stage.kl_in == "reward" else 0.0, step)
         experience = Experience(
             batch=scored.batch,
             scores=scored.scores,

@@ -195,7 +195,7 @@ def step(roles: Roles, estimator: WithCritic, version: int) -> dict[str, float]:
     measure(scored, compares_samples=False)
     marks.append(time.perf_counter())
     kl = scored.old.logprobs - scored.ref_logprobs
-    estimate = estimator.estimate(scored, kl, STAGE.kl_coef)
+    estimate = estimator.estimate(scored, kl, STAGE.kl_coef, step=1)
     experience = Experience(
         scored.batch, scored.scores, kl, scored.old.logprobs, scored.ref_logprobs, estimate.advantages
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_cases import CASES, HEAD_RATE, OPTIMIZER, token_batch
+from engine_cases import CASES, HEAD_RATE, OPTIMIZER, token_batch, value_batch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -86,6 +86,9 @@ PARKED: list[tuple[ZeroStage, str]] = [(0, "full"), (1, "full"), (2, "lora"), (3
 LEARNER_CASES = [
     LearnerCase("sft", 0, "lora"),
     *(LearnerCase("sft", stage, tuning, park=park) for stage, tuning in PARKED for park in (False, True)),
+    LearnerCase("value", 0),
+    LearnerCase("value", 2, "lora"),
+    LearnerCase("value", 3),
     LearnerCase("reward", 2),
     LearnerCase("reward", 3),
     LearnerCase("reward", 3, "lora", whole=True),
@@ -110,7 +113,7 @@ class Round:
 
 
 def go_round(case: LearnerCase, folder: Path, ranks: int, target: Path) -> Round:
-    """Train twice, evaluate, score, standardise a scalar, read and save the weights."""
+    """Train twice, evaluate, fit and score, standardise a scalar, read and save the weights."""
     learner = ModelLearner(case.spec(folder, ranks))
     chosen = CASES[case.objective]
     batch: Any = chosen.batch()
@@ -140,7 +143,8 @@ def ask(learner: ModelLearner, case: LearnerCase) -> dict[str, Part]:
     if learner.spec.kind == "causal":
         found = {"policy": learner.logprobs(batch), "one": learner.logprobs(batch.select([1]))}
         return found | ({"base": learner.logprobs(batch, "base")} if support(TUNINGS[case.tuning]).reference else {})
-    found = {"scores": learner.scores(batch), "values": learner.values(batch)}
+    found = {"fitted": learner.fit_values(value_batch())} if case.objective == "value" else {}
+    found |= {"scores": learner.scores(batch), "values": learner.values(batch)}
     if not case.frozen:
         learner.standardise(0.5, 2.0)
     return found | {"standardised": learner.scores(batch)}

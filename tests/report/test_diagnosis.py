@@ -114,10 +114,37 @@ def test_entropy_that_collapses_warns_and_stops_when_the_reward_is_lost_with_it(
     assert "the reward fell from" in found.evidence
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"explained_variance": [-4.7, -3.1, -2.2]}, "its explained variance was -3.33"),
+        (
+            {"explained_variance": [0.2] * 3, "value": [-2.4, -2, -1.6], "return": [-0.7] * 3, "reward_std": [0.8] * 3},
+            "its mean value was -2.40 where returns were -0.70 at first",
+        ),
+    ],
+)
+def test_a_critic_that_begins_far_off_is_named_at_its_third_step(columns, said):
+    curve = rows(**columns)
+    assert names("ppo", curve[:2]) == []
+    (found,) = diagnose_curve("ppo", curve)
+    assert (found.name, found.severity) == ("the critic began far from the returns", "warn")
+    assert said in found.evidence
+    assert "critic_start: fitted" in found.advice
+    later = rows(**{name: [*column, *column[-1:] * 3] for name, column in columns.items()})
+    assert found in diagnose_curve("ppo", later)
+
+
+def test_a_critic_as_good_as_a_constant_is_left_alone_at_first():
+    fair = {"value": [0.1, 0.3, 0.2], "return": [0.0, 0.1, 0.5], "reward_std": [1.0] * 3}
+    assert names("ppo", rows(explained_variance=[-0.2, -0.4, 0.0], **fair)) == []
+    assert names("ppo", rows(explained_variance=[-2.0, 0.1, 0.2], **fair)) == []
+
+
 def test_a_critic_that_explains_nothing_late_is_named_one_that_only_starts_so_is_not():
     rng = np.random.default_rng(0)
     assert names("ppo", online(explained_variance=rng.normal(-0.3, 0.1, 64))) == ["the critic explains nothing"]
-    late = np.where(np.arange(64) < 24, -1.0, 0.4)
+    late = np.where(np.arange(64) < 24, -0.8, 0.4)
     assert names("ppo", online(explained_variance=late)) == []
 
 

@@ -26,7 +26,7 @@ from rlhf.stages.context import StageContext
 from rlhf.stages.experience import Scored
 from rlhf.stages.recovery import StageRecovery
 from rlhf.tracking import Tracker
-from rlhf.types import Metrics, Prompt, Rollout, TokenBatch, TokenScores
+from rlhf.types import Metrics, Prompt, Rollout, TokenBatch, TokenScores, ValueBatch
 
 STAGES = {
     "ppo": PpoStage,
@@ -85,8 +85,10 @@ def scored_of(scores: list[float], per_prompt: int = 3, kl: float = 0.0) -> Scor
 
 @dataclass
 class Pupil:
-    """A model that writes down what it is taught."""
+    """A model that writes down what it is taught; as a critic it says `fit` everywhere once it is fitted."""
 
+    fit: float = 0.0
+    fitted: list[ValueBatch] = field(default_factory=list)
     lessons: list[tuple[Any, Any, list[list[int]], float]] = field(default_factory=list)
 
     def train(self, batch: Any, objective: Any, minibatches: Any, lr_scale: float) -> Ready[Metrics]:
@@ -95,6 +97,10 @@ class Pupil:
 
     def values(self, batch: TokenBatch) -> Ready[torch.Tensor]:
         return Ready(torch.zeros(batch.tokens.shape))
+
+    def fit_values(self, batch: ValueBatch) -> Ready[torch.Tensor]:
+        self.fitted.append(batch)
+        return Ready(self.fit * batch.batch.response_mask)
 
 
 class Echo:

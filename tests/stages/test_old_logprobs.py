@@ -1,9 +1,10 @@
 """The engine's logprobs as those of the policy before the step: what is left out, and what is checked all the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from online_made import stage_of
+from online_made import scored_of, stage_of
 from overlap_made import training_of
 from test_online_methods import RECIPES, rows, run
 
@@ -11,9 +12,11 @@ from rlhf.errors import GuardError, RecipeError
 from rlhf.local import LocalModel
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.online_schema import Agreement
+from rlhf.stages.experience import measure
+from rlhf.stages.old_logprobs import settled
 from rlhf.stages.online import in_turn
 
-BY_TRAINER = ["entropy", "agreement", "agreement_max"]
+BY_TRAINER = ["agreement", "agreement_max"]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,14 @@ def test_what_only_the_trainer_can_say_is_missing_in_between_and_not_zero(runs):
     assert all(row["agreement"] < 1e-5 for row in by_engine[::2])
 
 
+def test_the_entropy_is_estimated_from_the_samples_in_between():
+    """Rows of 1, 2, 3, 1, 2, 3 tokens, each at logprob -1: 1 nat a token."""
+    asked = scored_of([1, 2, 3, 4, 4, 4])
+    left_out = replace(asked, old=None)
+    assert measure(left_out, compares_samples=False)["entropy"] == pytest.approx(1)
+    assert "agreement" not in measure(left_out, compares_samples=False)
+
+
 def test_in_float32_the_same_is_learnt(runs):
     for row, trained in zip(runs["rollout"][0], runs["recompute"][0], strict=True):
         for name in ("reward", "kl", "length", "policy_loss", "ratio", "grad_norm"):
@@ -78,7 +89,6 @@ def test_the_gate_stops_the_run_at_its_next_check(tmp_path):
     [
         (["agreement.interval=1"], "recompute where agreement.interval is 1 (the trainer's pass is left out between"),
         (["agreement.interval=9", "staleness=1"], "recompute where staleness is above 0 (the engine's logprobs are"),
-        ([], "recompute where agreement.interval is 1"),
     ],
 )
 def test_refused(settings, expected):
@@ -88,6 +98,38 @@ def test_refused(settings, expected):
         load_recipe(RECIPES / "smoke" / "overlap.yaml", tuple(overrides))
     assert f"stages.grpo.old_logprobs: must be {expected}" in str(error.value)
     assert str(error.value).endswith("got 'rollout'")
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "expected"),
+    [
+        ({}, "float32", ("rollout", 10)),
+        ({}, "bfloat16", ("recompute", 1)),
+        ({"staleness": 1}, "float32", ("recompute", 1)),
+        ({"agreement": Agreement(interval=3)}, "float32", ("rollout", 3)),
+        ({"agreement": Agreement(interval=1)}, "float32", ("recompute", 1)),
+        ({"agreement": Agreement(interval=3)}, "bfloat16", ("recompute", 3)),
+        ({"old_logprobs": "recompute"}, "float32", ("recompute", 1)),
+        ({"old_logprobs": "rollout"}, "bfloat16", ("rollout", 10)),
+    ],
+)
+def test_auto_takes_the_engine_s_logprobs_where_they_are_the_trainer_s(settings, dtype, expected):
+    stage = settled(stage_of("ppo", **settings), dtype)
+    assert (stage.old_logprobs, stage.agreement.every) == expected
+
+
+def test_methods_without_the_key_keep_a_check_at_every_step():
+    stage = stage_of("online_dpo")
+    assert settled(stage, "float32") is stage
+    assert stage.agreement.every == 1
+
+
+def test_a_run_settles_it_by_its_dtype(tmp_path):
+    """The default in float32: the policy is asked at step 0 alone, and the gate is due there and at step 10."""
+    settings = {"staleness": 0, "steps": 2, "prompts_per_step": 2, "epochs": 1, "agreement.interval": "auto"}
+    run(tmp_path, "overlap.yaml", *(f"stages.grpo.{name}={value}" for name, value in settings.items()))
+    assert ["agreement" in row for row in rows(tmp_path, "grpo")] == [True, False]
+    assert all("entropy" in row for row in rows(tmp_path, "grpo"))
 
 
 def test_a_step_of_one_update_learns_the_same_without_the_pass(tmp_path_factory):

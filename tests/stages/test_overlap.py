@@ -60,6 +60,7 @@ def test_at_staleness_0_both_loops_give_the_same_bits(tmp_path, monkeypatch, rec
 def test_while_the_weights_stand_still_staleness_changes_nothing(tmp_path):
     """Prompts and seeds are those of the step, whenever it is drawn."""
     still = ["stages.grpo.steps=4", "stages.grpo.optimizer.learning_rate=1.0e-30", "stages.grpo.save_every=4"]
+    still += ["stages.grpo.old_logprobs=recompute"]  # as staleness has it
     run(tmp_path / "fresh", "overlap.yaml", "stages.grpo.staleness=0", *still)
     run(tmp_path / "stale", "overlap.yaml", *still)
     assert samples(tmp_path / "stale", "grpo") == samples(tmp_path / "fresh", "grpo")

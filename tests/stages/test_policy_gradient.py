@@ -49,22 +49,22 @@ def test_group_methods_give_every_token_its_sequence_s_advantage(tmp_path, kind,
 def test_the_kl_in_the_reward_is_taken_from_the_sequence_s_score():
     """Responses of 1, 2, 3 tokens at KL 0.5 each lose 0.1 times 0.5, 1 and 1.5 before they are compared."""
     scored = scored_of(SCORES, kl=0.5)
-    estimate = AgainstGroup(leave_one_out).estimate(scored, kl_of(scored), 0.1)
+    estimate = AgainstGroup(leave_one_out).estimate(scored, kl_of(scored), 0.1, 0)
     totals = torch.tensor([0.95, 1.9, 5.85, 3.95, 3.9, 3.85])
     expected = leave_one_out(totals, scored.groups)
     torch.testing.assert_close(estimate.advantages[:, 2], expected)
     spoilt = kl_of(scored).masked_fill(~scored.batch.response_mask, float("nan"))
-    again = AgainstGroup(leave_one_out).estimate(scored, spoilt, 0.1)
+    again = AgainstGroup(leave_one_out).estimate(scored, spoilt, 0.1, 0)
     torch.testing.assert_close(again.advantages, estimate.advantages)
 
 
 def test_reinforce_with_the_kl_in_each_token_s_reward_by_hand():
     """Gamma 1, one group; rewards to go 1 - 0.05, then 2 - 0.1 and 2 - 0.05, whitened over the three tokens."""
     scored = scored_of([1.0, 2.0], per_prompt=2, kl=0.5)
-    estimate = AgainstBatch(1.0, "batch").estimate(scored, kl_of(scored), 0.1)
+    estimate = AgainstBatch(1.0, "batch").estimate(scored, kl_of(scored), 0.1, 0)
     to_go = torch.tensor([[0, 0, 0.95, 0, 0], [0, 0, 1.9, 1.95, 0]])
     torch.testing.assert_close(estimate.advantages, whiten(to_go, scored.batch.response_mask))
-    grouped = AgainstBatch(1.0, "group").estimate(scored, kl_of(scored), 0.1)
+    grouped = AgainstBatch(1.0, "group").estimate(scored, kl_of(scored), 0.1, 0)
     torch.testing.assert_close(
         grouped.advantages, whiten(to_go - torch.tensor([[1.5]]), scored.batch.response_mask), rtol=1e-5, atol=1e-6
     )
@@ -73,8 +73,8 @@ def test_reinforce_with_the_kl_in_each_token_s_reward_by_hand():
 def test_group_means_matter_to_reinforce_only_between_groups():
     """With a group baseline, a prompt whose samples are all equal gets no credit for being easy."""
     scored = scored_of([1.0, 2.0, 6.0, 9.0, 9.0, 9.0])
-    batch = AgainstBatch(1.0, "batch").estimate(scored, kl_of(scored), 0.0).advantages
-    group = AgainstBatch(1.0, "group").estimate(scored, kl_of(scored), 0.0).advantages
+    batch = AgainstBatch(1.0, "batch").estimate(scored, kl_of(scored), 0.0, 0).advantages
+    group = AgainstBatch(1.0, "group").estimate(scored, kl_of(scored), 0.0, 0).advantages
     assert (batch[3:, 2] > 0.5).all()
     torch.testing.assert_close(group[3, 2], group[4, 2])
     assert group[0, 2] < group[1, 2] < group[3, 2] < group[2, 2]
@@ -129,7 +129,7 @@ def test_the_learning_rate_falls_over_the_steps_that_the_budget_allows(tmp_path,
 
 
 def test_ppo_trains_its_critic_on_the_same_minibatches(tmp_path):
-    stage, policy, critic = stage_of("ppo"), Pupil(), Pupil()
+    stage, policy, critic = stage_of("ppo", critic_start="loaded"), Pupil(), Pupil()
     context = context_of(stage, tmp_path)
     method = PolicyGradient(stage, context, policy, WithCritic(critic, stage))
     metrics = method.learn(scored_of(SCORES), 0, 10)
@@ -138,10 +138,32 @@ def test_ppo_trains_its_critic_on_the_same_minibatches(tmp_path):
     assert loss.value_clip_range == stage.value_clip_range
     assert values.batch is experience.batch
     assert values.returns[2].tolist() == pytest.approx([0, 0, 6 * 0.95**2, 6 * 0.95, 6])
+    assert critic.fitted == []
     assert (metrics["grad_norm"], metrics["critic_grad_norm"], metrics["critic_skipped_steps"]) == (2, 2, 0)
     assert {"value", "explained_variance", "kl_penalty"} <= set(metrics)
     assert "kl_coef" not in metrics
     assert context.tracker.gradient_tokens == 2 * stage.epochs * (6 * 2 + 12)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_critic_is_fitted_to_the_first_rewards_to_go_and_says_what_the_first_advantages_rest_on(tmp_path, step):
+    """Rows of 1, 2, 3 tokens whose score comes last and KL 0.5 costs 0.1 each; the fit says 2 everywhere."""
+    stage, policy, critic = stage_of("ppo", kl_coef=0.2), Pupil(), Pupil(fit=2.0)
+    method = PolicyGradient(stage, context_of(stage, tmp_path), policy, WithCritic(critic, stage))
+    metrics = method.learn(scored_of(SCORES, kl=0.5), step, 10)
+    values = critic.lessons[0][0].values
+    if step:
+        assert critic.fitted == []
+        assert metrics["value"] == 0
+        return
+    (asked,) = critic.fitted
+    assert asked.returns[2].tolist() == pytest.approx([0, 0, 6 - 0.3, 6 - 0.2, 6 - 0.1])
+    assert not asked.values.any()
+    assert values[2].tolist() == [0, 0, 2, 2, 2]
+    assert metrics["value"] == 2
+    # lambda 0.95: the last token's return is its reward, the one before has a share of the error and 2 for the rest
+    last, before = 6 - 0.1, 2 + (-0.1 + 2 - 2) + 0.95 * (6 - 0.1 - 2)
+    assert critic.lessons[0][0].returns[2, 3:].tolist() == pytest.approx([before, last])
 
 
 def test_an_adaptive_kl_coef_follows_the_sequence_kl(tmp_path):
