@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from rlhf.algorithms.ordering import wins
 from rlhf.algorithms.reward_model import bradley_terry_loss
 from rlhf.data.classes import ClassBatch
 from rlhf.engines.scoring import class_logits, response_logprobs, sequence_scores
@@ -37,12 +38,13 @@ class RewardModel:
         return float(len(batch))
 
     def loss(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
-        """Return the sum of -log sigmoid(chosen score - rejected score - margin)."""
+        """Return the sum of -log sigmoid(chosen score - rejected score - margin); equal scores are half accurate."""
         scores = sequence_scores(model, TokenBatch.stack([batch.chosen, batch.rejected]))
         chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(chosen, rejected, batch.margins.to(scores)).sum()
-        gap = (chosen - rejected).detach()
-        return loss, Metrics.of(len(batch), loss=loss.detach(), accuracy=(gap > 0).sum(), margin=gap.sum())
+        chosen, rejected = chosen.detach(), rejected.detach()
+        accurate, margin = wins(chosen, rejected).sum(), (chosen - rejected).sum()
+        return loss, Metrics.of(len(batch), loss=loss.detach(), accuracy=accurate, margin=margin)
 
 
 @dataclass(frozen=True)

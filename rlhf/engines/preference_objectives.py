@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rlhf.algorithms.logprobs import sequence_logprobs
+from rlhf.algorithms.ordering import wins
 from rlhf.algorithms.preference import PairLogprobs, PairLoss, implicit_rewards, kto_loss
 from rlhf.engines.scoring import response_logprobs
 from rlhf.types import LabelledBatch, Metrics, PreferenceBatch, TokenBatch
@@ -28,7 +30,10 @@ class Preference:
         return float(len(batch))
 
     def loss(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Metrics]:
-        """Return the sum of the loss, both sides of every pair in one pass; rewards are the loss's own."""
+        """Return the sum of the loss, both sides of every pair in one pass; rewards are the loss's own.
+
+        `accuracy` is the share of pairs whose chosen side has the larger reward; equal rewards count one half.
+        """
         both = TokenBatch.stack([batch.chosen, batch.rejected])
         logprobs = response_logprobs(model, both, self.temperature)
         chosen, rejected = sequence_logprobs(logprobs, both.response_mask).chunk(2)
@@ -39,7 +44,7 @@ class Preference:
         return loss, Metrics.of(
             len(batch),
             loss=loss.detach(),
-            accuracy=(chosen_reward > rejected_reward).sum(),
+            accuracy=wins(chosen_reward, rejected_reward).sum(),
             margin=(chosen_reward - rejected_reward).sum(),
             chosen_logprob=chosen.detach().sum(),
             rejected_logprob=rejected.detach().sum(),
@@ -64,7 +69,7 @@ class Kto:
         """Return the sum of the loss over the sequences.
 
         `chosen_*` are means over the desirable sequences, `rejected_*` over the others. `accuracy` is the share of
-        sequences on the right side of the reference point and `margin` twice their mean distance from it, which with
+        sequences on the right side of the reference point (one half for each at it) and `margin` twice their mean distance from it, which with
         equally many of both kinds is the difference of the mean rewards.
         """
         logprobs = sequence_logprobs(response_logprobs(model, batch.batch), batch.batch.response_mask)
@@ -77,7 +82,7 @@ class Kto:
         metrics = Metrics.of(
             len(batch),
             loss=loss.detach(),
-            accuracy=(distance > 0).sum(),
+            accuracy=wins(distance, torch.zeros_like(distance)).sum(),
             margin=2 * distance.sum(),
             kl=kl.sum(),
         )

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from rlhf.algorithms.ordering import wins
 from rlhf.data.collate import collate_labelled
 from rlhf.data.lazy import Lazy
 from rlhf.data.sequences import LabelledSequence, TokenSequence, answered
@@ -127,10 +128,10 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
 
 
 def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
-    """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio."""
+    """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio, ties half."""
     own = response_sums(policy, Lazy(lambda i: rows[i].labelled.sequence, len(rows)), pad_id)
     ratios = torch.tensor(own) - torch.tensor([row.ref_logprob for row in rows])
-    return float((ratios[::2] > ratios[1::2]).float().mean())
+    return float(wins(ratios[::2], ratios[1::2]).mean())
 
 
 def _split(sequence: TokenSequence) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.ordering import wins
 from rlhf.data.collate import collate_pairs
 from rlhf.data.pairs import Pair
 from rlhf.engines.objectives import RewardModel
@@ -39,11 +40,11 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
     if not std > 0:
         raise GuardError("the reward model gives every training response the same score; raise the learning rates")
     model.standardise(float(everything.mean()), std).result()
-    summary: Summary = {"pairs": len(split.train), "train_accuracy": _accuracy(chosen, rejected)}
+    summary: Summary = {"pairs": len(split.train), "train_accuracy": float(wins(chosen, rejected).mean())}
     summary |= {"heldout_pairs": len(split.heldout), **trained.summary()}
     if split.judged:
         chosen, rejected = _scores(model, collate(split.heldout))
-        summary |= _agreement(stage, context, split.judged, chosen > rejected, tokenizer.pad_id)
+        summary |= _agreement(stage, context, split.judged, wins(chosen, rejected), tokenizer.pad_id)
     context.save(model)
     return summary
 
@@ -53,24 +54,28 @@ def _scores(model: Reward, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     return chosen.result(), rejected.result()
 
 
-def _accuracy(chosen: Tensor, rejected: Tensor) -> float:
-    return float((chosen > rejected).float().mean())
-
-
 def _agreement(
-    stage: RewardStage, context: StageContext, judged: Sequence[Pair], prefers_chosen: Tensor, pad_id: int
+    stage: RewardStage, context: StageContext, judged: Sequence[Pair], chosen_wins: Tensor, pad_id: int
 ) -> Summary:
-    """Return the accuracy against the judge's noise-free order, and against gold where the recipe names it."""
-    truth = torch.tensor([pair.chosen_score > pair.rejected_score for pair in judged])
-    summary: Summary = {"judge_accuracy": float((prefers_chosen == truth).float().mean())}
+    """Return the accuracy against the judge's noise-free order, and against gold where it tells any pair apart."""
+    given = torch.tensor([[pair.chosen_score, pair.rejected_score] for pair in judged], dtype=torch.float64)
+    summary: Summary = {"judge_accuracy": agreement(chosen_wins, wins(given[:, 0], given[:, 1]))}
     if stage.gold:
         gold = context.judge(stage.gold, pad_id)
         better = gold.score([_rollout(pair, True) for pair in judged]).result()
         worse = gold.score([_rollout(pair, False) for pair in judged]).result()
         decided = better != worse
-        agree = (prefers_chosen == (better > worse))[decided]
-        summary["gold_accuracy"] = float(agree.float().mean())
+        if decided.any():
+            summary["gold_accuracy"] = agreement(chosen_wins[decided], wins(better, worse)[decided])
     return summary
+
+
+def agreement(ours: Tensor, truth: Tensor) -> float:
+    """Return the share of pairs that two orders agree on; a pair that either of them leaves open counts one half.
+
+    Both are as of `wins`, `[P]`.
+    """
+    return float((ours * truth + (1 - ours) * (1 - truth)).mean())
 
 
 def _rollout(pair: Pair, chosen: bool) -> Rollout:
