@@ -55,7 +55,7 @@ def stage_of(kind: str, **settings: Any) -> Any:
 
 
 def context_of(stage: OnlineStage, folder: Path, budget: Budget | None = None) -> StageContext:
-    recipe = Recipe(name="made", model=ModelSource(path="tiny://llama"), stages=[stage], budget=budget)
+    recipe = Recipe(name="made", model=ModelSource(path="tiny://llama", dtype="float32"), stages=[stage], budget=budget)
     tracker = Tracker(stage.name, folder, Display(Console(quiet=True)), None)
     recovery = StageRecovery(folder / "state", "", {}, recipe.recovery, tracker, Interrupts())
     return StageContext(recipe, stage, folder, {}, LocalLauncher(recipe), tracker, {}, 64, 1, recovery)
