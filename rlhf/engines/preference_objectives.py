@@ -69,8 +69,8 @@ class Kto:
         """Return the sum of the loss over the sequences.
 
         `chosen_*` are means over the desirable sequences, `rejected_*` over the others. `accuracy` is the share of
-        sequences on the right side of the reference point (one half for each at it) and `margin` twice their mean distance from it, which with
-        equally many of both kinds is the difference of the mean rewards.
+        sequences on the right side of the reference point (one half for each at it) and `margin` twice their mean
+        distance from it, which with equally many of both kinds is the difference of the mean rewards.
         """
         logprobs = sequence_logprobs(response_logprobs(model, batch.batch), batch.batch.response_mask)
         desirable, ref_logprobs, kl = batch.desirable, batch.ref_logprobs.to(logprobs), batch.kl.to(logprobs)

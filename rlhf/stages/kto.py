@@ -128,7 +128,7 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
 
 
 def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
-    """Return the share of pairs (every two rows) of whose responses the desirable one has the larger log-ratio, ties half."""
+    """Return the share of pairs (every two rows) whose desirable response has the larger log-ratio; a tie is half."""
     own = response_sums(policy, Lazy(lambda i: rows[i].labelled.sequence, len(rows)), pad_id)
     ratios = torch.tensor(own) - torch.tensor([row.ref_logprob for row in rows])
     return float(wins(ratios[::2], ratios[1::2]).mean())
