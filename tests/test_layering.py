@@ -12,7 +12,7 @@ LAYER = {
     "errors": 0, "types": 0, "seeding": 0, "algorithms": 0, "recipe": 1, "models": 2, "data": 2, "roles": 2,
     "rewards": 3, "engines": 4, "progress": 2, "stage_progress": 0, "run_record": 1, "sinks": 3, "tracking": 3,
     "report": 3, "fingerprint": 2, "local": 5, "backend": 6, "starter": 6, "api": 7,
-    "export": 6, "serving": 6, "allocator": 0,
+    "export": 6, "serving": 6, "allocator": 0, "installing": 0, "media": 0,
     "activity": 0, "pulse": 0, "patient_lock": 0, "proxies": 1, "privacy": 0, "terminal": 1,
     "metrics_file": 1, "run_log": 1, "cache": 1, "pruning": 2, "amounts": 0,
     "disk": 1, "journal": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "stages": 5,

@@ -1,4 +1,4 @@
-"""`rlhf init`: a commented recipe for one's own data."""
+"""`rlhf init`: a commented recipe for one's own data, or an example with data of its own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from rlhf.data.reading import Purpose
     from rlhf.starter.choices import Choices, Method
 
+EXAMPLES = ("quickstart",)
 METHODS: tuple[Method, ...] = ("sft", "dpo", "ppo", "both", "classify")
 
 
 @click.command()
-@click.argument("file", default="recipe.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--example", type=click.Choice(EXAMPLES), help="Write this example to the folder FILE (its name).")
 @click.option("--data", type=click.Path(path_type=Path), help="Chats, prompts, preference pairs or labelled texts.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to answer in training; cut from the data.")
 @click.option("--heldout", type=click.Path(path_type=Path), help="Prompts to compare on; cut from the data.")
@@ -33,7 +35,8 @@ METHODS: tuple[Method, ...] = ("sft", "dpo", "ppo", "both", "classify")
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
 @reports_errors
 def init(
-    file: Path,
+    file: Path | None,
+    example: str | None,
     data: Path | None,
     prompts: Path | None,
     heldout: Path | None,
@@ -47,9 +50,18 @@ def init(
 ) -> None:
     """Write a commented recipe to FILE (recipe.yaml) for your data, and what it needs beside it.
 
-    Asks on a terminal for what no option gives. The recipe is valid when this ends without an error.
+    Asks on a terminal for what no option gives. The recipe is valid when this ends without an error. With --example,
+    FILE is a folder, which gets a recipe with data and rewards of its own.
     """
     quiet_libraries()
+    if example is not None:
+        if any(given is not None for given in (data, prompts, heldout, model, method, gpus, judge, name)):
+            raise RecipeError(f"--example {example} is complete: of the other options only --force goes with it")
+        _write_example(example, file or Path(example), force)
+        return
+    file = file or Path("recipe.yaml")
+    if file.is_dir():
+        raise RecipeError(f"{file} is a folder: name the recipe to write, or --example")
     from rlhf.data.reading import purpose_of
     from rlhf.recipe.base import PathData
     from rlhf.starter.choices import USES, Choices, check
@@ -79,6 +91,19 @@ def init(
     )
     check(choices)
     _tell(choices, write_starter(file, choices, force))
+
+
+def _write_example(example: str, folder: Path, force: bool) -> None:
+    from importlib.util import find_spec
+
+    from rlhf.installing import MODEL_MODULE, model_command
+    from rlhf.starter.example import write_example
+
+    written = write_example(example, folder, force)
+    for path in written:
+        echo(f"wrote {path}")
+    missing = f"{model_command()}; " if find_spec(MODEL_MODULE) is None else ""
+    echo(f"next: {missing}rlhf run {written[0]}")
 
 
 def _ask(question: str, proposed: str, asks: bool, answers: tuple[str, ...] | None = None) -> str:

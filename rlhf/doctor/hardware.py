@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf.allocator import allocator
 from rlhf.doctor.check import Check
+from rlhf.installing import engine_command
 from rlhf.recipe.main_memory import main_memory
 from rlhf.recipe.products import Products, cpu_products
 
@@ -68,11 +69,11 @@ def gpu_check(environ: Mapping[str, str], driver: str, cuda: str, seen: int) -> 
     build = f"CUDA {cuda}" if cuda else "CPU"
     found = f"{len(cards)} by the driver{first}, torch for {build} sees {seen}{shown}"
     if not cards and cuda:
-        return Check("gpus", "warn", found, "no NVIDIA driver here: make setup SET=cpu is smaller and faster on CPU")
+        return Check("gpus", "warn", found, f"no NVIDIA driver here; smaller and faster: {engine_command('cpu')}")
     if not cards:
         return Check("gpus", "ok", f"none; {found}" if shown else "none, torch for CPU")
     if not cuda:
-        return Check("gpus", "warn", found, "this torch cannot use the GPUs: make setup SET=gpu")
+        return Check("gpus", "warn", found, f"this torch cannot use the GPUs: {engine_command('gpu')}")
     if not seen:
         remedy = "unset CUDA_VISIBLE_DEVICES" if hidden is not None else f"update the driver to one for CUDA {cuda}"
         return Check("gpus", "fail", found, remedy)

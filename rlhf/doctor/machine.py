@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf.doctor.check import Check
 from rlhf.doctor.hardware import check_hardware
 from rlhf.doctor.services import check_services
-from rlhf.doctor.software import check_versions, import_checks, start_probes, torch_build
+from rlhf.doctor.software import build_check, check_versions, import_checks, start_probes, torch_build
 from rlhf.models.cache import default_cache
 
 
@@ -16,4 +16,6 @@ def check_machine(output: Path) -> list[Check]:
     probes = start_probes()
     checks = [*check_versions(), *check_services()]
     results = probes.results()
-    return [*checks, *import_checks(results), *check_hardware(output, default_cache(), *torch_build(results))]
+    cuda, gpus = torch_build(results)
+    checks += [*import_checks(results), build_check(gpus)]
+    return [*checks, *check_hardware(output, default_cache(), cuda, gpus)]

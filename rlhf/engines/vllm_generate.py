@@ -16,9 +16,11 @@ from rlhf.engines.served import Backend, ServedWeights, Transport
 from rlhf.engines.shared_memory import Inbox, folder_weights, send
 from rlhf.engines.vllm_batch import SharedBatch
 from rlhf.errors import RecipeError, TrainingError
+from rlhf.media import hide_media
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.pulse import PULSE
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.vllm_build import check_device
 from rlhf.roles import EnginePart, WeightReceipt
 from rlhf.types import Prompt, Rollout, Sampling
 
@@ -49,9 +51,13 @@ class VllmEngine:
 
         Raises:
             RecipeError: vLLM cannot run this model, or not with these settings, on this device.
+            ResourceError: the installed vLLM is not made for this device.
         """
         os.environ.update(vllm_environment(spec))
         import torch
+
+        check_device("the engine", gpus=torch.cuda.device_count() > 0)
+        hide_media()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
         from vllm.platforms import current_platform

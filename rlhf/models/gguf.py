@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import RecipeError
+from rlhf.installing import MODEL_MODULE, model_command
 from rlhf.models.folder import loading
 from rlhf.models.gguf_header import check_gguf
 from rlhf.models.outline import outline
@@ -28,7 +29,8 @@ def locate_gguf(uri: str) -> Path:
         package, _, inner = location.partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise RecipeError(f"model.path: {uri}: no Python package {package!r} is installed; install it with pip")
+            how = model_command() if package == MODEL_MODULE else "install it with pip"
+            raise RecipeError(f"model.path: {uri}: no Python package {package!r} is installed: {how}")
         file = Path(spec.submodule_search_locations[0]) / inner
     if not file.is_file():
         raise RecipeError(f"model.path: {uri}: there is no file {file}")

@@ -2,7 +2,8 @@
 
 Where scikit-learn, scipy or bitsandbytes is installed, transformers (for assisted generation and the losses of object
 detection) and PEFT (for every adapter) import it: 38 % of the processor time of `import rlhf.engines.learner` was
-theirs, and each role is a process.
+theirs, and each role is a process. Packages for images and sound
+stay out for another reason: see rlhf/media.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from rlhf.media import MEDIA
+
 
 def import_lean() -> None:
     """Import transformers and PEFT as if those packages were not there; whoever wants them can import them after.
@@ -20,12 +23,16 @@ def import_lean() -> None:
     """
     if {"transformers", "peft"} & sys.modules.keys():
         return
-    with _hidden("sklearn", "scipy", "bitsandbytes"):
+    with _hidden("sklearn", "scipy", "bitsandbytes", *MEDIA):
+        from transformers.utils import import_utils as installed
+
+        for name in MEDIA:
+            getattr(installed, f"is_{name}_available")()  # it remembers the answer, as do those of PEFT below
         import transformers.generation.candidate_generator  # noqa: F401  asks for the first two
         from peft import import_utils
 
         for available in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
-            available()  # both remember the answer
+            available()
 
 
 def show_bitsandbytes() -> None:

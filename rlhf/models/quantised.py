@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.errors import RecipeError
+from rlhf.installing import extra_command
 from rlhf.models.lean import show_bitsandbytes
 from rlhf.recipe.tuning_schema import Qlora, Tuning
 
@@ -17,7 +18,7 @@ from rlhf.recipe.tuning_schema import Qlora, Tuning
 def check_quantisation() -> None:
     """Raise RecipeError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError("tuning.kind: qlora needs bitsandbytes: pip install 'rlhf[qlora]', or use lora")
+        raise RecipeError(f"tuning.kind: qlora needs bitsandbytes: {extra_command('qlora')}, or use lora")
 
 
 def quantisation(tuning: Tuning | None, dtype: str) -> dict[str, Any]:

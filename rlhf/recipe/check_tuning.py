@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 
 from rlhf.errors import RecipeError
+from rlhf.installing import extra_command
 from rlhf.recipe.messages import Finding, Loc
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.recipe.online_schema import OnlineStage, PpoStage
@@ -107,7 +108,7 @@ def _role(recipe: Recipe, name: RoleName, tuning: Tuning) -> Iterator[str]:
         yield f"prefix_tuning has no gradient checkpointing (roles.{name}.gradient_checkpointing): {why}"
     here = recipe.backend == "local" or recipe.ray.address is None
     if isinstance(tuning, Qlora) and here and importlib.util.find_spec("bitsandbytes") is None:
-        yield "qlora needs bitsandbytes, which is not installed: pip install 'rlhf[qlora]', or use lora"
+        yield f"qlora needs bitsandbytes, which is not installed: {extra_command('qlora')}, or use lora"
 
 
 def _served(recipe: Recipe) -> Iterator[Finding]:

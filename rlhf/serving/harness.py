@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import DataError, RecipeError, ResourceError
 from rlhf.export.source import NamedModel
+from rlhf.installing import extra_command
 from rlhf.untrusted import printable
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _check_installed() -> None:
     try:
         importlib.import_module("lm_eval.tasks")
     except ImportError as error:
-        raise RecipeError(f"rlhf eval needs lm-evaluation-harness: pip install 'rlhf[eval]' ({error})") from error
+        raise RecipeError(f"rlhf eval needs lm-evaluation-harness: {extra_command('eval')} ({error})") from error
 
 
 def _manager(wanted: Wanted) -> Any:

@@ -25,6 +25,7 @@ from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import cpu_cache_bytes, vllm_environment
 from rlhf.errors import ResourceError, TrainingError
 from rlhf.recipe.role_schema import RolloutRole
+from rlhf.recipe.vllm_build import check_device
 from rlhf.serving.dtype import served_dtype
 from rlhf.serving.gate import HEALTH, HOSTS, KEY
 from rlhf.serving.plan import Serving
@@ -96,8 +97,10 @@ def running(serving: Serving, endpoint: Endpoint, limits: Limits) -> Iterator[Se
     """Start the server and wait until every model has answered; it and all its processes end with the context.
 
     Raises:
+        ResourceError: the installed vLLM is not made for this machine.
         TrainingError: vLLM ended or hangs, or a model cannot answer.
     """
+    check_device("the server", gpus=Path("/dev/nvidiactl").exists())
     with tempfile.NamedTemporaryFile("w+", prefix="rlhf-serve-", suffix=".log", errors="replace") as log:
         server = Server(_start(serving, endpoint, limits, log), Path(log.name))
         try:

@@ -6,8 +6,11 @@ import ctypes
 import os
 import signal
 
+from rlhf.media import hide_media
+
 STARTED_BY = "RLHF_SERVE_PARENT"
 PR_SET_PDEATHSIG = 1
+hide_media()  # here, so that processes which vLLM starts do it too
 
 
 def main() -> None:

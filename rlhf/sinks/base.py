@@ -8,14 +8,16 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlhf.errors import RecipeError
+from rlhf.installing import engine_command, extra_command
 from rlhf.privacy import public
 from rlhf.recipe.schema import Recipe
 from rlhf.untrusted import printable
 
 log = logging.getLogger("rlhf")
+Name = Literal["wandb", "tensorboard", "trackio"]
 
 
 class Sink(Protocol):
@@ -76,11 +78,14 @@ def open_sinks(recipe: Recipe, folder: Path) -> Iterator[Sinks]:
     Raises RecipeError, before anything is opened, where a sink's package is not installed.
     """
     tracking = recipe.tracking
-    wanted = {"wandb": tracking.wandb, "tensorboard": tracking.tensorboard, "trackio": tracking.trackio}
+    wanted: dict[Name, object] = {
+        "wandb": tracking.wandb, "tensorboard": tracking.tensorboard, "trackio": tracking.trackio
+    }  # fmt: skip
     names = [name for name, settings in wanted.items() if settings]
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"tracking.{name}: needs the package {name}: pip install 'rlhf[{name}]'")
+            how = engine_command() if name == "wandb" else extra_command(name)  # wandb comes with all the rest
+            raise RecipeError(f"tracking.{name}: needs the package {name}: {how}")
     sinks = Sinks()
     for name in names:
         sinks.add(name, lambda name=name: _maker(name)(recipe, folder))  # type: ignore[misc]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from rlhf.media import MEDIA
+
 HEAVY = ("sklearn", "scipy", "pandas", "bitsandbytes")
 
 
@@ -44,3 +46,29 @@ show_bitsandbytes()
 print(is_bnb_4bit_available())
 """
     assert printed(code) == ["False", "True"]
+
+
+@pytest.fixture
+def broken_media(tmp_path):
+    """Return a path with builds for another torch, which fail as those do."""
+    for name in MEDIA:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    return f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+
+
+def test_broken_packages_for_images_and_sound_break_no_model(broken_media):
+    code = broken_media + "import rlhf.models; from transformers import AutoModelForCausalLM, LlamaForCausalLM as model"
+    assert printed(code + "; print(model.__name__)") == ["LlamaForCausalLM"]
+
+
+@pytest.mark.vllm
+def test_nor_do_they_break_the_engine(broken_media):
+    code = broken_media + "from rlhf.media import hide_media; hide_media(); from vllm import LLM; print(LLM.__name__)"
+    assert printed(code)[-1] == "LLM"
+
+
+def test_they_are_found_by_who_has_imported_them_already(broken_media):
+    code = "import sys, types; sys.modules['torchaudio'] = mine = types.ModuleType('torchaudio')\n"
+    code += "from rlhf.media import hide_media; hide_media(); import torchaudio; print(torchaudio is mine)"
+    assert printed(code) == ["True"]

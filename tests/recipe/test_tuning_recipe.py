@@ -8,6 +8,7 @@ from rich.console import Console
 from transformers import LlamaConfig, Qwen2Config
 
 from rlhf.errors import RecipeError
+from rlhf.installing import extra_command
 from rlhf.recipe.activations import Pass
 from rlhf.recipe.check_tuning import check_model, misfit
 from rlhf.recipe.memory import Cut, learner_memory
@@ -89,7 +90,7 @@ def test_quantisation_needs_its_package(folder, text, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError) as caught:
         folder.load(text, "stages.sft.tuning={kind: qlora}")
-    wanted_text = "qlora needs bitsandbytes, which is not installed: pip install 'rlhf[qlora]', or use lora"
+    wanted_text = f"qlora needs bitsandbytes, which is not installed: {extra_command('qlora')}, or use lora"
     assert str(caught.value) == f"--set stages.sft.tuning.kind: {wanted_text}"
     folder.load(text, "stages.sft.tuning={kind: qlora}", "ray.address=auto")  # it may be there
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from rlhf.cli import main
 from rlhf.export.source import find_models
+from rlhf.installing import extra_command
 from rlhf.serving import harness
 
 TASKS = Path(__file__).parents[2] / "recipes" / "eval"
@@ -93,4 +94,4 @@ def test_mistakes_are_said_in_a_line(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     missing = invoke(run / "sft", "--tasks", "x")
     assert missing.exit_code == 2
-    assert "pip install 'rlhf[eval]'" in missing.output
+    assert extra_command("eval") in missing.output
