@@ -22,6 +22,7 @@ from rlhf.commands.serve import serve
 from rlhf.commands.status import status
 from rlhf.errors import RlhfError
 from rlhf.untrusted import echo, printable
+from rlhf.waiting import waiting
 
 if TYPE_CHECKING:
     from rlhf.recipe.load import LoadedRecipe
@@ -44,6 +45,7 @@ def main() -> None:
 def run(loaded: LoadedRecipe, local: bool, output: Path | None, restart: tuple[str, ...]) -> None:
     """Run the stages of RECIPE: those done and unchanged are reused, an interrupted one goes on where it was."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    echo(f"{loaded.recipe.name}: reading the model and the data")
     from dataclasses import replace
 
     from rlhf.backend import launcher
@@ -88,13 +90,14 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     from rlhf.run_folder import kept_dtype, run_place
     from rlhf.terminal import Terminal
 
-    resources = local_resources()
     planned = named_device(gpu) if gpu else None
-    decision = decide(loaded.recipe, Here(resources.gpus, planned), kept_dtype(run_place(loaded.recipe)))
-    loaded = replace(loaded, recipe=decision.recipe)
-    recipe = expand_seeds(loaded.recipe)
-    known = look_up(recipe)
-    made = make_plan(loaded, resources, planned or local_device(), search=True, known=known)
+    with waiting("reading the model and the data, measuring this machine"):
+        resources = local_resources()
+        decision = decide(loaded.recipe, Here(resources.gpus, planned), kept_dtype(run_place(loaded.recipe)))
+        loaded = replace(loaded, recipe=decision.recipe)
+        recipe = expand_seeds(loaded.recipe)
+        known = look_up(recipe)
+        made = make_plan(loaded, resources, planned or local_device(), search=True, known=known)
     made = replace(made, notes=decision.notes, warnings=(*decision.warnings, *made.warnings))
     if as_json:
         echo(json.dumps(asdict(made), indent=2))

@@ -30,7 +30,7 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".model")
 RESULTS = {
     "sft": 1, "classify": 1, "annotate": 1, "synthesize": 1, "reward": 1, "compare": 2,
     "dpo": 1, "robust_dpo": 1, "ipo": 1, "hinge": 1, "simpo": 1, "orpo": 1, "kto": 1,
-    "ppo": 1, "grpo": 1, "dr_grpo": 1, "rloo": 1, "reinforce_pp": 1, "online_dpo": 1,
+    "ppo": 2, "grpo": 1, "dr_grpo": 1, "rloo": 1, "reinforce_pp": 1, "online_dpo": 1,
 }  # fmt: skip
 """A number for each kind of stage, part of its key.
 

@@ -88,7 +88,7 @@ def run_recipe(
             Display(console) as display,
             Interrupts(display.say) as interrupts,
             open_sinks(recipe, folder) as sinks,
-            launch(recipe) as launcher,
+            _started(recipe, launch, display) as launcher,
         ):
             write_inputs(folder, loaded)
             run = Surroundings(
@@ -134,6 +134,14 @@ def check_lengths(recipe: Recipe, base: Path) -> None:
                 f"stages.{stage.name}: max_prompt_tokens + max_response_tokens = {length}, but {recipe.model.path}"
                 f" has {positions} positions; lower one of them"
             )
+
+
+def _started(recipe: Recipe, launch: Callable[[Recipe], Launcher], display: Display) -> Launcher:
+    """Return what builds the roles, and say what starts where that takes a while."""
+    if recipe.backend == "ray":
+        where = f"joining Ray at {recipe.ray.address}" if recipe.ray.address else "starting Ray on this machine"
+        display.say(where)
+    return launch(recipe)
 
 
 def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collection[str], console: Console) -> None:

@@ -15,7 +15,7 @@ LAYER = {
     "export": 6, "serving": 6, "allocator": 0, "installing": 0, "media": 0,
     "activity": 0, "pulse": 0, "patient_lock": 0, "proxies": 1, "privacy": 0, "terminal": 1,
     "metrics_file": 1, "run_log": 1, "cache": 1, "pruning": 2, "amounts": 0,
-    "disk": 1, "journal": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "stages": 5,
+    "disk": 1, "journal": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "waiting": 7, "stages": 5,
     "run_folder": 6, "stage_places": 1, "done_file": 1, "stage_folder": 6, "stage_run": 6, "recipe_run": 6,
     "doctor": 6, "bench": 6, "command": 6, "commands": 7, "cli": 8,
 }  # fmt: skip

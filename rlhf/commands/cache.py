@@ -110,7 +110,7 @@ def _show(folder: Path, found: list[Entry]) -> None:
     from rich.text import Text
 
     from rlhf.amounts import duration, size
-    from rlhf.terminal import Terminal
+    from rlhf.terminal import Terminal, uncut
 
     console = Terminal()
     if not found:
@@ -124,7 +124,7 @@ def _show(folder: Path, found: list[Entry]) -> None:
         age = f"{duration(max(0.0, now - entry.used))} ago"
         cells = (entry.kind, entry.path.name, size(entry.size), age, "in use" if entry.in_use else "")
         table.add_row(*map(Text, cells))
-    console.print(table)
+    console.print(uncut(table))
     kinds = ", ".join(f"{kind} {size(count)}" for kind, count in sizes.items())
     total = f"{size(sum(sizes.values()))} in {folder}: {kinds}"
     console.print(total, soft_wrap=True)

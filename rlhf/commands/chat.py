@@ -10,6 +10,7 @@ import click
 
 from rlhf.command import quiet_libraries, reports_errors
 from rlhf.untrusted import echo
+from rlhf.waiting import waiting
 
 if TYPE_CHECKING:
     from rlhf.serving.talk import Talker
@@ -37,7 +38,8 @@ def chat(
     from rlhf.serving.talk import Style
     from rlhf.terminal import Terminal
 
-    talkers = _talkers(models, url, api_key_env)
+    with waiting(f"loading {', '.join(models)}" if models else "asking the server"):
+        talkers = _talkers(models, url, api_key_env)
     conversation = Chat(talkers, Style(temperature, max_tokens, seed), Terminal())
     if sys.stdin.isatty():
         echo(f"{' | '.join(talker.name for talker in talkers)}: {HELP}")

@@ -8,6 +8,7 @@ import click
 
 from rlhf.command import quiet_libraries, reports_errors
 from rlhf.untrusted import echo
+from rlhf.waiting import waiting
 
 
 @click.command("eval")
@@ -36,13 +37,15 @@ def evaluate(
 ) -> None:
     """Evaluate stages (or model folders) on the tasks of lm-evaluation-harness, in one table."""
     quiet_libraries()
-    from rlhf.export.source import find_models
-    from rlhf.serving import harness
-    from rlhf.terminal import Terminal
+    with waiting("loading lm-evaluation-harness"):
+        from rlhf.export.source import find_models
+        from rlhf.serving import harness
+        from rlhf.terminal import Terminal
 
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     wanted = harness.Wanted(names, task_folder, limit, fewshot, batch_size, chat_template)
-    scores = harness.evaluate(find_models(models), wanted)
+    with waiting(f"asking {', '.join(names)}"):
+        scores = harness.evaluate(find_models(models), wanted)
     Terminal().print(harness.table(scores))
     if output is not None:
         harness.write_scores(output, scores, wanted)

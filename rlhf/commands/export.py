@@ -9,6 +9,7 @@ import click
 
 from rlhf.command import quiet_libraries, reports_errors
 from rlhf.untrusted import echo
+from rlhf.waiting import waiting
 
 if TYPE_CHECKING:
     from rlhf.export.gguf import GgufType
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
 def export(stage: Path, form: Form, output: Path | None, kind: GgufType, verify: bool) -> None:
     """Copy a finished stage into a folder of its own, verified, with a model card."""
     quiet_libraries()
-    from rlhf.export.write import export as export_stage
+    with waiting(f"writing {stage} as {form}" + (" and reading it back" if verify else "")):
+        from rlhf.export.write import export as export_stage
 
-    made = export_stage(stage, form, kind, output, verify)
+        made = export_stage(stage, form, kind, output, verify)
     echo(f"verified: {made.verified}" if verify else "not verified")
     echo(f"exported: {made.folder}")

@@ -62,11 +62,13 @@ def _work_table(plan: Plan) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     table = Table("stage", "work", box=box.SIMPLE_HEAD, pad_edge=False)
     for stage in plan.stages:
         figures = [f"{name.replace('_', ' ')} {count:,}" for name, count in stage.schedule.items()]
         table.add_row(Text(title(stage)), ", ".join([*figures, *_step_figures(stage)]))
-    return table
+    return uncut(table)
 
 
 def _step_figures(stage: StagePlan) -> list[str]:
@@ -98,7 +100,7 @@ def _role_table(plan: Plan) -> RenderableType:
         "CPU and as long as allowed on GPUs; opt: masters and moments, rest: allocator, buffers, CUDA"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
-    table.add_column("stage, role", no_wrap=True)
+    table.add_column("stage, role", overflow="fold")
     for column in ("n", "GPUs", "thr", "trained", "phase", *COLUMNS):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in plan.stages:

@@ -100,6 +100,8 @@ def render_runs(listing: Listing) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     table = Table("run", "recipe", "began", "state", "stages", "gold reward", box=box.SIMPLE_HEAD, pad_edge=False)
     for run in listing.runs:
         when = "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
@@ -107,7 +109,7 @@ def render_runs(listing: Listing) -> RenderableType:
         state = "unreadable" if run.unreadable else run.state
         cells = (Path(run.folder).name, run.recipe, when, state, f"{run.stages_done}/{run.stages}")
         table.add_row(*(Text(visible(cell)) for cell in (*cells, run.unreadable or result)))
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = [uncut(table)]
     for name in dict.fromkeys(difference.recipe for difference in listing.differences):
         mine = [difference for difference in listing.differences if difference.recipe == name]
         folders = list(mine[0].values)
@@ -117,5 +119,5 @@ def render_runs(listing: Listing) -> RenderableType:
         parts.append(Text(visible(f"what differs between the runs of {name}")))
         for difference in mine:
             shown.add_row(*(Text(visible(cell, 60)) for cell in (difference.key, *difference.values.values())))
-        parts.append(shown)
+        parts.append(uncut(shown))
     return Group(*parts)

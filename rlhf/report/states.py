@@ -33,6 +33,8 @@ def states_table(run: Path) -> Table | None:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     table = Table("stage", "step", "age", "MiB", "state", title=Text(f"states in {shown(str(run))}"))
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -43,7 +45,7 @@ def states_table(run: Path) -> Table | None:
             continue  # a running job has just removed it
         cells = (stage_of(folder.parent.parent), str(_step(folder)), age, size, _verdict(folder))
         table.add_row(*(Text(shown(cell)) for cell in cells))
-    return table if table.rows else None
+    return uncut(table) if table.rows else None
 
 
 def check_run(run: Path) -> Check:

@@ -242,6 +242,8 @@ def render_status(status: RunStatus) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     table = Table(
         "stage", "state", "step", "time", "rest", "saved", "last metrics", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -252,7 +254,7 @@ def render_status(status: RunStatus) -> RenderableType:
         elapsed = "" if stage.elapsed is None else duration(stage.elapsed)
         cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
         table.add_row(*(Text(visible(cell)) for cell in cells))
-    return Group(*(Text(visible(line)) for line in _headlines(status)), table)
+    return Group(*(Text(visible(line)) for line in _headlines(status)), uncut(table))
 
 
 def _headlines(status: RunStatus) -> list[str]:

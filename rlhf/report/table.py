@@ -27,6 +27,8 @@ def comparison_table(comparison: Comparison) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     caption = f"{comparison.prompts} prompts, {seeds(comparison)}, {comparison.level:.0%} intervals"
     table = Table(
         title="Comparison by gold reward",
@@ -45,7 +47,7 @@ def comparison_table(comparison: Comparison) -> Table:
             cells.append(forgetting(item.retention))
         cells += [_cell(item.kl, item.kl_ci), _cell(item.length, item.length_ci), _wins(comparison, item)]
         table.add_row(Text(visible(label(comparison, item))), *(Text(cell) for cell in cells))
-    return table
+    return uncut(table)
 
 
 def verdict(comparison: Comparison) -> str:

@@ -67,6 +67,8 @@ def table(scores: Sequence[Score]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from rlhf.terminal import uncut
+
     models = list(dict.fromkeys(score.model for score in scores))
     found = {(score.task, score.metric, score.model): score for score in scores}
     shown = Table("task", "metric", "n", title="lm-evaluation-harness, value ± standard error")
@@ -76,7 +78,7 @@ def table(scores: Sequence[Score]) -> Table:
         row = [found.get((task, metric, model)) for model in models]
         n = next(score.n for score in row if score)
         shown.add_row(Text(printable(task)), Text(printable(metric)), str(n), *map(_cell, row))
-    return shown
+    return uncut(shown)
 
 
 def write_scores(file: Path, scores: Sequence[Score], wanted: Wanted) -> None:
