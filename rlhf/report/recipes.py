@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,10 @@ def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[RecipeDiffe
     """Return the keys whose values differ between resolved recipes (plain mappings), in the order of the recipes.
 
     A stage is known by its name. One that a recipe does not have is one row with its kind, not a row for each key.
+    Files are told by their place below the folder that holds all files of their recipe, so that two copies of a project
+    are alike.
     """
-    flat = [dict(_flatten(recipe)) for recipe in recipes]
+    flat = [_relative(dict(_flatten(recipe))) for recipe in recipes]
     lacking = [
         key
         for key in dict.fromkeys(key for row in flat for key in row if _is_stage(key))
@@ -39,6 +42,15 @@ def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[RecipeDiffe
         if len(set(values)) > 1:
             found.append(RecipeDifference(key, values))
     return found
+
+
+def _relative(values: dict[str, str]) -> dict[str, str]:
+    """Return the values with absolute paths below the folder that all of them share."""
+    paths = {key: value for key, value in values.items() if value.startswith("/")}
+    if not paths:
+        return values
+    home = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+    return values | {key: os.path.relpath(path, home) for key, path in paths.items()}
 
 
 def _is_stage(key: str) -> bool:

@@ -34,3 +34,18 @@ def test_a_stage_that_one_does_not_have_is_one_row():
     assert found == [RecipeDifference("stages.dpo", ("-", "dpo"))]
     other_kind = recipe(stages=[recipe()["stages"][0] | {"kind": "grpo"}])
     assert recipe_differences([recipe(), other_kind]) == [RecipeDifference("stages.ppo", ("ppo", "grpo"))]
+
+
+def files(folder, train="data/train.jsonl"):
+    sft = {"name": "sft", "kind": "sft", "data": {"path": f"{folder}/{train}"}}
+    pairs = {"name": "pairs", "kind": "annotate", "judge": {"path": f"{folder}/rewards.py:score"}}
+    return recipe(stages=[sft, pairs])
+
+
+def test_copies_of_a_project_in_other_folders_are_alike():
+    assert recipe_differences([files("/home/ann/project"), files("/scratch/bob/copy")]) == []
+
+
+def test_another_file_of_a_project_is_a_difference():
+    found = recipe_differences([files("/home/ann"), files("/home/bob", "data/v2/train.jsonl")])
+    assert found == [RecipeDifference("stages.sft.data.path", ("data/train.jsonl", "data/v2/train.jsonl"))]
