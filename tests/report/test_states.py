@@ -37,7 +37,7 @@ def test_verify_counts_what_is_whole_and_names_what_is_not(tmp_path):
     (run / "stages" / "sft" / "model" / "empty").unlink()
     (run / "stages" / "ppo" / "state" / "step-00000001" / "sub" / "abc").write_bytes(b"xyz")
     result = invoke("verify", run)
-    assert result.exit_code == 5
+    assert result.exit_code == 3
     assert result.stderr.splitlines() == [
         "error: stages/ppo/state/step-00000001/sub/abc: changed",
         "stages/sft/model/empty: missing",
