@@ -71,12 +71,13 @@ def cpu_speed(found: Sequence[Products]) -> Speed | None:
 
 def ask_cpus(nodes: Sequence[Mapping[str, Any]]) -> list[Products]:
     """Return the rates of each node that has CPUs for roles, as far as they answer in time."""
-    ask = ray.remote(cpu_products).options(num_cpus=0, max_retries=0)
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+    ask = ray.remote(cpu_products)
+    places = [
+        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         for node in nodes
         if node["Resources"].get("CPU", 0) > 0
     ]
+    asked = [ask.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote() for place in places]
     ready, late = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
     found = []
     for answer in ready:
