@@ -20,7 +20,7 @@ from rlhf.commands.init import init
 from rlhf.commands.runs import runs
 from rlhf.commands.serve import serve
 from rlhf.commands.status import status
-from rlhf.errors import DataError, RecipeError
+from rlhf.errors import DataError
 from rlhf.untrusted import echo, printable
 from rlhf.waiting import waiting
 
@@ -164,12 +164,6 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
 @reports_errors
 def compare(runs: tuple[Path, ...], output: Path) -> None:
     """Compare the candidates of finished RUNS, sampled on the same prompts, in one report."""
-    seen: dict[Path, Path] = {}
-    for folder in runs:
-        if (earlier := seen.setdefault(folder.resolve(), folder)) is not folder:
-            raise RecipeError(
-                f"{folder} is given twice{'' if earlier == folder else f' (as {earlier} too)'}; name each run once"
-            )
     from rlhf.report.runs import compare_runs
     from rlhf.report.table import comparison_table, verdict
     from rlhf.terminal import Terminal

@@ -34,7 +34,7 @@ def write_inputs(folder: Path, loaded: LoadedRecipe) -> None:
     texts = {
         "recipe.yaml": loaded.text,
         "recipe.resolved.yaml": resolved_yaml(loaded.recipe),
-        "environment.json": json.dumps(environment(), indent=2) + "\n",
+        "environment.json": json.dumps(environment() | {"recipe": str(loaded.path)}, indent=2) + "\n",
     }
     with failures_told(folder, "the recipe cannot be written there"):
         for name, text in texts.items():

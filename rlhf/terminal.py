@@ -8,17 +8,9 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
 from rlhf.untrusted import visible
-
-
-def uncut(table: Table) -> Table:
-    """Return the table with cells that wrap where they are too wide: cut off, two names may look the same."""
-    for column in table.columns:
-        column.overflow, column.no_wrap = "fold", False
-    return table
 
 
 class Terminal(Console):

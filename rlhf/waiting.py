@@ -9,6 +9,8 @@ from contextlib import contextmanager
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """Show a line on the error stream with a sign of life until the block ends; nothing where that is no terminal."""
+    from rich.live import Live
+    from rich.spinner import Spinner
     from rich.text import Text
 
     from rlhf.terminal import Terminal
@@ -17,5 +19,6 @@ def waiting(text: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(Text(text)):
+    shown = Spinner("dots", Text(text))
+    with Live(shown, console=console, transient=True, redirect_stdout=False, redirect_stderr=False):
         yield

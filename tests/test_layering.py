@@ -13,7 +13,7 @@ LAYER = {
     "rewards": 3, "engines": 4, "progress": 2, "stage_progress": 0, "run_record": 1, "sinks": 3, "tracking": 3,
     "report": 3, "fingerprint": 2, "local": 5, "backend": 6, "starter": 6, "api": 7,
     "export": 6, "serving": 6, "allocator": 0, "installing": 0, "media": 0,
-    "activity": 0, "pulse": 0, "patient_lock": 0, "proxies": 1, "privacy": 0, "terminal": 1,
+    "activity": 0, "pulse": 0, "patient_lock": 0, "proxies": 1, "privacy": 0, "terminal": 1, "tables": 0,
     "metrics_file": 1, "run_log": 1, "cache": 1, "pruning": 2, "amounts": 0,
     "disk": 1, "journal": 1, "manifest": 1, "checkpoint": 1, "interrupts": 0, "untrusted": 0, "waiting": 7, "stages": 5,
     "run_folder": 6, "stage_places": 1, "done_file": 1, "stage_folder": 6, "stage_run": 6, "recipe_run": 6,

@@ -108,8 +108,10 @@ def test_a_failed_run_says_why(folder, monkeypatch):
     assert "the cable is out" in found.error
     stage = found.stages[0]
     assert (stage.state, stage.saved_step, stage.rest) == ("failed", 2, None)
-    assert found.stages[1].state == "waiting"
-    assert "last error: stage sft" in CliRunner().invoke(main, ["status", str(path)]).stdout
+    assert (found.stages[1].state, found.stages[1].behind) == ("waiting", "sft")
+    shown = CliRunner().invoke(main, ["status", str(path)]).stdout
+    assert "last error: stage sft" in shown
+    assert "not run: sft failed" in shown
     assert run(folder, "failed").exit_code == 0
     assert read_status(path).state == "done"
 
@@ -213,6 +215,19 @@ def test_the_list_of_runs(folder, finished):
     for word in ("faster", "unreadable", "what differs between the runs of trial", "learning_rate"):
         assert word in shown.stdout
     assert CliRunner().invoke(main, ["runs", str(finished)]).exit_code == 0
+
+
+def test_two_clones_of_a_recipe_do_nothing_differently(folder, finished, tmp_path):
+    clone = Path(shutil.copytree(folder, tmp_path / "clone", ignore=shutil.ignore_patterns("runs")))
+    runs = tmp_path / "runs"
+    shutil.copytree(finished, runs / "first")
+    again = ["run", str(clone / "recipe.yaml"), "--local", "--output", str(runs / "second")]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    assert json.loads(CliRunner().invoke(main, ["runs", str(runs), "--json"]).stdout)["differences"] == []
+    shutil.copy(clone / "sft.jsonl", clone / "other.jsonl")
+    assert CliRunner().invoke(main, [*again, "--set", "stages.sft.data.path=other.jsonl"]).exit_code == 0
+    (difference,) = json.loads(CliRunner().invoke(main, ["runs", str(runs), "--json"]).stdout)["differences"]
+    assert list(difference["values"].values()) == ["sft.jsonl", "other.jsonl"]
 
 
 def test_no_runs(tmp_path):

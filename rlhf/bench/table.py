@@ -27,15 +27,16 @@ def print_table(result: BenchResult, console: Console) -> None:
 def figures_table(figures: Sequence[Figure]) -> RenderableType:
     """Return a row for each figure: value, limit, share of it, and what a bad one means."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    from rlhf.tables import WholeTable
+
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("part", "figure", "on"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     for column in ("value", "limit", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("unit", no_wrap=True)
+        table.add_column(column, justify="right")
+    table.add_column("unit")
     table.add_column("if it is bad", style="dim")
     for figure in figures:
         kind = figure.kind

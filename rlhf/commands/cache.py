@@ -106,17 +106,17 @@ def _show(folder: Path, found: list[Entry]) -> None:
     from collections import Counter
 
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     from rlhf.amounts import duration, size
-    from rlhf.terminal import Terminal, uncut
+    from rlhf.tables import WholeTable
+    from rlhf.terminal import Terminal
 
     console = Terminal()
     if not found:
         console.print(f"the cache {folder} is empty", soft_wrap=True)
         return
-    table = Table("kind", "name", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = WholeTable("kind", "name", "size", "last used", "", box=box.SIMPLE_HEAD, pad_edge=False)
     now = time.time()
     sizes: Counter[str] = Counter()
     for entry in found:
@@ -124,7 +124,7 @@ def _show(folder: Path, found: list[Entry]) -> None:
         age = f"{duration(max(0.0, now - entry.used))} ago"
         cells = (entry.kind, entry.path.name, size(entry.size), age, "in use" if entry.in_use else "")
         table.add_row(*map(Text, cells))
-    console.print(uncut(table))
+    console.print(table)
     kinds = ", ".join(f"{kind} {size(count)}" for kind, count in sizes.items())
     total = f"{size(sum(sizes.values()))} in {folder}: {kinds}"
     console.print(total, soft_wrap=True)

@@ -36,7 +36,7 @@ BY_FORMAT: dict[Format, Purpose] = {
 
 @dataclass(frozen=True)
 class Read:
-    """What became of a record: a row, with its adapter's name and its columns, or an error.
+    """What became of a record: a row, with its format as a recipe calls it and its columns, or an error.
 
     Of preferences a row is the tuple of a record's pairs, of labelled answers the tuple of its answers.
     """
@@ -176,7 +176,7 @@ def _adapted(source: PathData | HubData, purpose: Purpose) -> Iterator[Read]:
             yield Read(error=error)
         else:
             settled = layout
-            yield Read(row, layout.adapt.__name__, tuple(record.values))
+            yield Read(row, layout.format, tuple(record.values))
 
 
 def _too_many(error: DataError, allowed: int) -> DataError:

@@ -59,16 +59,15 @@ def _device_lines(plan: Plan) -> list[str]:
 
 def _work_table(plan: Plan) -> RenderableType:
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
-    table = Table("stage", "work", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = WholeTable("stage", "work", box=box.SIMPLE_HEAD, pad_edge=False)
     for stage in plan.stages:
         figures = [f"{name.replace('_', ' ')} {count:,}" for name, count in stage.schedule.items()]
         table.add_row(Text(title(stage)), ", ".join([*figures, *_step_figures(stage)]))
-    return uncut(table)
+    return table
 
 
 def _step_figures(stage: StagePlan) -> list[str]:
@@ -92,17 +91,18 @@ def _step_figures(stage: StagePlan) -> list[str]:
 
 def _role_table(plan: Plan) -> RenderableType:
     from rich import box
-    from rich.table import Table
     from rich.text import Text
+
+    from rlhf.tables import WholeTable
 
     caption = (
         "GiB of each process (of an engine: on each GPU) in its fullest phase, with rows as long as the data's on the "
         "CPU and as long as allowed on GPUs; opt: masters and moments, rest: allocator, buffers, CUDA"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
-    table.add_column("stage, role", overflow="fold")
+    table = WholeTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
+    table.add_column("stage, role")
     for column in ("n", "GPUs", "thr", "trained", "phase", *COLUMNS):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for stage in plan.stages:
         table.add_row(Text(title(stage)))
         for role in stage.roles:

@@ -71,14 +71,17 @@ def write_html(
     facts: Mapping[str, str],
     *,
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    recipe_folders: Mapping[str, Path | None] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Write the whole report to `path`.
 
     `facts` (name -> value) are listed under how it was measured, `environment` (package -> version) after them;
-    `recipes` (run -> resolved recipe) of two or more runs adds what they do differently.
+    `recipes` (run -> resolved recipe) of two or more runs adds what they do differently; `recipe_folders` are those of
+    the recipes' files, as `recipe_differences` takes them.
     """
-    recipes = recipes or {}
+    recipes, recipe_folders = recipes or {}, recipe_folders or {}
+    differences = recipe_differences(list(recipes.values()), [recipe_folders.get(name) for name in recipes])
     scripts = [get_plotlyjs(), files("rlhf.report").joinpath("report.js").read_text(encoding="utf-8")]
     loader = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     loader.filters.update(show=show, signed=partial(show, sign=True), visible=visible, chance=chance)
@@ -96,7 +99,7 @@ def write_html(
         stages=_stages(comparison, curves),
         cards=_cards(samples),
         names=[item.name for item in comparison.candidates],
-        differences=[_public(one) for one in recipe_differences(list(recipes.values()))],
+        differences=[_public(one) for one in differences],
         runs=public(list(recipes)),
         facts=public(facts),
         environment=public(environment or {}),

@@ -12,7 +12,7 @@ from rlhf.errors import DataError, RlhfError
 from rlhf.report.json import read_json
 from rlhf.report.recipes import recipe_differences
 from rlhf.report.results import show
-from rlhf.report.runs import read_recipe
+from rlhf.report.runs import read_recipe, recipe_folder
 from rlhf.report.status import RunState, read_status
 from rlhf.untrusted import visible
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 RECIPE = "recipe.resolved.yaml"
+MOST_BESIDE = 4
+"""Runs whose values stand beside each other; more would be narrow columns."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def _differences(runs: Sequence[ListedRun]) -> Iterator[Difference]:
         if not run.unreadable:
             groups.setdefault(run.recipe, {})[run.folder] = read_recipe(Path(run.folder))
     for name, recipes in groups.items():
-        for difference in recipe_differences(list(recipes.values())):
+        folders = [recipe_folder(Path(folder)) for folder in recipes]
+        for difference in recipe_differences(list(recipes.values()), folders):
             yield Difference(name, difference.key, dict(zip(recipes, difference.values, strict=True)))
 
 
@@ -97,27 +100,41 @@ def render_runs(listing: Listing) -> RenderableType:
     """Return the listing for a terminal: one row for each run, and one for each key that differs."""
     from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
-    table = Table("run", "recipe", "began", "state", "stages", "gold reward", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = WholeTable("run", "recipe", "began", "state", "stages", "gold reward", box=box.SIMPLE_HEAD, pad_edge=False)
     for run in listing.runs:
         when = "" if run.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run.began))
         result = ", ".join(f"{name} {show(gold)}" for name, gold in run.result.items())
         state = "unreadable" if run.unreadable else run.state
         cells = (Path(run.folder).name, run.recipe, when, state, f"{run.stages_done}/{run.stages}")
         table.add_row(*(Text(visible(cell)) for cell in (*cells, run.unreadable or result)))
-    parts: list[RenderableType] = [uncut(table)]
+    parts: list[RenderableType] = [table]
     for name in dict.fromkeys(difference.recipe for difference in listing.differences):
         mine = [difference for difference in listing.differences if difference.recipe == name]
-        folders = list(mine[0].values)
-        shown = Table("key", box=box.SIMPLE_HEAD, pad_edge=False)
-        for folder in folders:
-            shown.add_column(Text(visible(Path(folder).name)))
-        parts.append(Text(visible(f"what differs between the runs of {name}")))
-        for difference in mine:
-            shown.add_row(*(Text(visible(cell, 60)) for cell in (difference.key, *difference.values.values())))
-        parts.append(uncut(shown))
+        parts += [Text(visible(f"what differs between the runs of {name}")), _differences_table(mine)]
     return Group(*parts)
+
+
+def _differences_table(differences: Sequence[Difference]) -> RenderableType:
+    """Return a row for each key and a column for each run or, of many runs, a row for each key and run."""
+    from rich import box
+    from rich.text import Text
+
+    from rlhf.tables import WholeTable, told_apart
+
+    names = [Path(folder).name for folder in differences[0].values]
+    beside = len(names) <= MOST_BESIDE
+    table = WholeTable("key", *([] if beside else ["run", "value"]), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names if beside else []:
+        table.add_column(Text(visible(name)))
+    for difference in differences:
+        values = told_apart([visible(value, None) for value in difference.values.values()])
+        if beside:
+            table.add_row(*map(Text, (visible(difference.key), *values)))
+            continue
+        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+            table.add_row(*map(Text, ("" if number else visible(difference.key), visible(name), value)))
+    return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Where things run, are shown and are kept; and how much work is done at once, which no result depends on.
@@ -21,14 +22,18 @@ class RecipeDifference:
     values: tuple[str, ...]
 
 
-def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[RecipeDifference]:
+def recipe_differences(
+    recipes: Sequence[Mapping[str, Any]], folders: Sequence[Path | None] = ()
+) -> list[RecipeDifference]:
     """Return the keys whose values differ between resolved recipes (plain mappings), in the order of the recipes.
 
     A stage is known by its name. One that a recipe does not have is one row with its kind, not a row for each key.
-    Files are told by their place below the folder that holds all files of their recipe, so that two copies of a project
-    are alike.
+    `folders` holds the folder of each recipe's file, None where it is not known. A file that has the same place in
+    both folders is no difference, nor is a file that both name: two clones of one recipe are equal.
     """
-    flat = [_relative(dict(_flatten(recipe))) for recipe in recipes]
+    flat = [dict(_flatten(recipe)) for recipe in recipes]
+    places = [*folders, *[None] * (len(recipes) - len(folders))]
+    near = [dict(_flatten(_relative(recipe, place))) for recipe, place in zip(recipes, places, strict=True)]
     lacking = [
         key
         for key in dict.fromkeys(key for row in flat for key in row if _is_stage(key))
@@ -39,18 +44,22 @@ def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[RecipeDiffe
         if key not in lacking and any(key.startswith(f"{stage}.") for stage in lacking):
             continue
         values = tuple(row.get(key, ABSENT) for row in flat)
-        if len(set(values)) > 1:
-            found.append(RecipeDifference(key, values))
+        beside = tuple(row.get(key, ABSENT) for row in near)
+        if len(set(values)) > 1 and len(set(beside)) > 1:
+            shown = (value if own.startswith(os.pardir) else own for value, own in zip(values, beside, strict=True))
+            found.append(RecipeDifference(key, tuple(shown)))
     return found
 
 
-def _relative(values: dict[str, str]) -> dict[str, str]:
-    """Return the values with absolute paths below the folder that all of them share."""
-    paths = {key: value for key, value in values.items() if value.startswith("/")}
-    if not paths:
-        return values
-    home = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
-    return values | {key: os.path.relpath(path, home) for key, path in paths.items()}
+def _relative(value: Any, folder: Path | None) -> Any:
+    """Return a part of a recipe with its absolute paths relative to a folder."""
+    if folder is None:
+        return value
+    if isinstance(value, Mapping):
+        return {name: _relative(item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, folder) for item in value]
+    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _is_stage(key: str) -> bool:

@@ -25,10 +25,11 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
 
     With one folder this is its own report again. Candidates and curves of several are named `run/stage`.
     Raises DataError when a folder has no finished comparison or the runs were not compared on an equal footing, and
-    RecipeError when `output` cannot be written so.
+    RecipeError when `output` cannot be written so or a folder is given twice.
     """
     if output.suffix == ".json" or not output.absolute().parent.is_dir():
         raise RecipeError(f"--output {output}: give an HTML file in a folder that exists; the JSON goes beside it")
+    _check_distinct(folders)
     runs = _named(folders)
     evaluations = {name: read_evaluation(folder) for name, folder in runs.items()}
     first = next(iter(runs))
@@ -42,9 +43,20 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Comparison:
         evaluation.candidates,
         evaluation.facts,
         recipes={name: read_recipe(folder) for name, folder in runs.items()} if len(runs) > 1 else None,
+        recipe_folders={name: recipe_folder(folder) for name, folder in runs.items()},
         environment=read_environment(runs[first]),
     )
     return comparison
+
+
+def _check_distinct(folders: Sequence[Path]) -> None:
+    """Raise RecipeError when two of the folders are one, by whatever way they are named."""
+    seen: dict[Path, Path] = {}
+    for folder in folders:
+        same = seen.setdefault(folder.resolve(), folder)
+        if same is not folder:
+            also = "" if str(same) == str(folder) else f" (it is also {same})"
+            raise RecipeError(f"{folder}: the same run folder is given twice{also}; name each run once")
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -79,6 +91,14 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RlhfError):
         pass
     raise DataError(f"{path} is damaged; `rlhf run` with the run's recipe writes it again")
+
+
+def recipe_folder(folder: Path) -> Path | None:
+    """Return the folder of the recipe file that a run folder was last run with; None where that is not recorded."""
+    try:
+        return Path(json.loads((folder / "environment.json").read_bytes())["recipe"]).parent
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def read_environment(folder: Path) -> dict[str, str]:

@@ -30,12 +30,11 @@ class Check:
 
 def states_table(run: Path) -> Table | None:
     """Return one row per state of every stage, oldest first, each one verified; None when there is none."""
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
-    table = Table("stage", "step", "age", "MiB", "state", title=Text(f"states in {shown(str(run))}"))
+    table = WholeTable("stage", "step", "age", "MiB", "state", title=Text(f"states in {shown(str(run))}"))
     for column in table.columns[1:4]:
         column.justify = "right"
     for folder in _all_states(run):
@@ -45,7 +44,7 @@ def states_table(run: Path) -> Table | None:
             continue  # a running job has just removed it
         cells = (stage_of(folder.parent.parent), str(_step(folder)), age, size, _verdict(folder))
         table.add_row(*(Text(shown(cell)) for cell in cells))
-    return uncut(table) if table.rows else None
+    return table if table.rows else None
 
 
 def check_run(run: Path) -> Check:

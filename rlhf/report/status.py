@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +42,7 @@ class StageStatus:
 
     `step` of `total` in its part `label`; `elapsed` is what a finished stage took, or since when this process is at
     it; `rest` is what the part will still take at the pace so far; `saved_step` is the newest saved state, from which
-    it would go on, and `saved_age` how old that is.
+    it would go on, and `saved_age` how old that is. `behind` names the stage whose failure kept this one from running.
     """
 
     name: str
@@ -56,6 +56,7 @@ class StageStatus:
     rest: float | None = None
     saved_step: int | None = None
     saved_age: float | None = None
+    behind: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,16 @@ def read_status(folder: Path) -> RunStatus:
         began=record.began if record else None,
         elapsed=ended - record.began if record and ended else None,
         error=damages[0] if damages else _error(record, alive, undone),
-        stages=tuple(stages),
+        stages=tuple(_behind_failure(stages)),
     )
+
+
+def _behind_failure(stages: Sequence[StageStatus]) -> Iterator[StageStatus]:
+    """Yield the stages of a run; those that wait behind a failed one name it."""
+    failed = ""
+    for stage in stages:
+        yield replace(stage, behind=failed) if stage.state == "waiting" else stage
+        failed = failed or (stage.name if stage.state == "failed" else "")
 
 
 def present_place(run: Path, name: str, record: RunRecord | None) -> Path:
@@ -239,12 +248,11 @@ def render_status(status: RunStatus) -> RenderableType:
     """Return the status for a terminal."""
     from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
-    table = Table(
+    table = WholeTable(
         "stage", "state", "step", "time", "rest", "saved", "last metrics", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for stage in status.stages:
@@ -252,9 +260,10 @@ def render_status(status: RunStatus) -> RenderableType:
         rest = "" if stage.rest is None else duration(stage.rest)
         name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
         elapsed = "" if stage.elapsed is None else duration(stage.elapsed)
-        cells = (name, stage.state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
+        state = f"not run: {stage.behind} failed" if stage.behind else stage.state
+        cells = (name, state, _steps(stage), elapsed, rest, saved, brief(_finite(stage.metrics or {})))
         table.add_row(*(Text(visible(cell)) for cell in cells))
-    return Group(*(Text(visible(line)) for line in _headlines(status)), uncut(table))
+    return Group(*(Text(visible(line)) for line in _headlines(status)), table)
 
 
 def _headlines(status: RunStatus) -> list[str]:

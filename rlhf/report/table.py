@@ -24,13 +24,12 @@ NAMED_GAPS = 2
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return one row per method, best gold first, each number with its interval; what nobody measured is left out."""
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
     caption = f"{comparison.prompts} prompts, {seeds(comparison)}, {comparison.level:.0%} intervals"
-    table = Table(
+    table = WholeTable(
         title="Comparison by gold reward",
         caption=Text(visible(f"{caption}; win rate against {comparison.baseline} (at equal length in brackets)")),
     )
@@ -47,7 +46,7 @@ def comparison_table(comparison: Comparison) -> Table:
             cells.append(forgetting(item.retention))
         cells += [_cell(item.kl, item.kl_ci), _cell(item.length, item.length_ci), _wins(comparison, item)]
         table.add_row(Text(visible(label(comparison, item))), *(Text(cell) for cell in cells))
-    return uncut(table)
+    return table
 
 
 def verdict(comparison: Comparison) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
 
@@ -13,6 +14,8 @@ from rlhf.errors import DataError
 from rlhf.serving.talk import Message, Style, Talker
 from rlhf.untrusted import printable
 
+BORDER = 6
+"""Cells of a panel's width that its title cannot have."""
 RESET, QUIT = "/reset", "/quit"
 HELP = f"{RESET} begins anew, {QUIT} ends"
 
@@ -69,9 +72,13 @@ class Chat:
 
     def _beside(self, answers: Sequence[str]) -> None:
         width = max(self.console.width // len(answers) - 1, 20)
+        names = [printable(talker.name) for talker in self.talkers]
+        fit = max(map(cell_len, names)) <= width - BORDER
         panels = [
-            Panel(Text(printable(answer)), title=Text(printable(talker.name)), width=width)
-            for talker, answer in zip(self.talkers, answers, strict=True)
+            Panel(Text(printable(answer)), title=Text(name), width=width)
+            if fit
+            else Panel(Group(Text(name, style="bold", overflow="fold"), Text(printable(answer))), width=width)
+            for name, answer in zip(names, answers, strict=True)
         ]
         self.console.print(Columns(panels, padding=(0, 1)))
 

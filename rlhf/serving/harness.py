@@ -64,21 +64,20 @@ def evaluate(models: Sequence[NamedModel], wanted: Wanted) -> list[Score]:
 
 def table(scores: Sequence[Score]) -> Table:
     """Return one row per task and metric, one column per model, each number with its standard error."""
-    from rich.table import Table
     from rich.text import Text
 
-    from rlhf.terminal import uncut
+    from rlhf.tables import WholeTable
 
     models = list(dict.fromkeys(score.model for score in scores))
     found = {(score.task, score.metric, score.model): score for score in scores}
-    shown = Table("task", "metric", "n", title="lm-evaluation-harness, value ± standard error")
+    shown = WholeTable("task", "metric", "n", title="lm-evaluation-harness, value ± standard error")
     for model in models:
         shown.add_column(Text(printable(model)), justify="right")
     for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
         row = [found.get((task, metric, model)) for model in models]
         n = next(score.n for score in row if score)
         shown.add_row(Text(printable(task)), Text(printable(metric)), str(n), *map(_cell, row))
-    return uncut(shown)
+    return shown
 
 
 def write_scores(file: Path, scores: Sequence[Score], wanted: Wanted) -> None:

@@ -35,22 +35,22 @@ def raw(name):
 
 
 FOUND = {
-    "alpaca.json": ("conversations", "alpaca", "prompt_completion", 4),
-    "alpaca_zh.jsonl": ("conversations", "alpaca", "prompt_completion", 6),
-    "messages.jsonl": ("conversations", "openai_messages", "messages", 4),
-    "messages_scripts.jsonl": ("conversations", "openai_messages", "messages", 7),
-    "sharegpt_tools.jsonl": ("conversations", "sharegpt", "messages", 4),
-    "prompt_completion.csv": ("conversations", "prompt_completion", "prompt_completion", 4),
-    "prompts.jsonl": ("prompts", "prompt", "prompts", 4),
-    "preference.jsonl": ("preferences", "preference", "preference", 4),
-    "preference_implicit.jsonl": ("preferences", "preference", "preference", 4),
-    "hh_rlhf.jsonl": ("preferences", "hh_rlhf", "hh_rlhf", 4),
-    "ultrafeedback.jsonl": ("preferences", "ultrafeedback", "ultrafeedback", 4),
-    "ultrafeedback_binarized.jsonl": ("preferences", "ultrafeedback_binarized", "ultrafeedback", 4),
-    "kto.jsonl": ("labelled", "labelled", "kto", 5),
-    "ranking.jsonl": ("preferences", "ranking", "ranking", 5),
-    "classification.csv": ("classes", "classification", "classification", 6),
-    "classification.jsonl": ("classes", "classification", "classification", 8),
+    "alpaca.json": ("conversations", "prompt_completion", 4),
+    "alpaca_zh.jsonl": ("conversations", "prompt_completion", 6),
+    "messages.jsonl": ("conversations", "messages", 4),
+    "messages_scripts.jsonl": ("conversations", "messages", 7),
+    "sharegpt_tools.jsonl": ("conversations", "messages", 4),
+    "prompt_completion.csv": ("conversations", "prompt_completion", 4),
+    "prompts.jsonl": ("prompts", "prompts", 4),
+    "preference.jsonl": ("preferences", "preference", 4),
+    "preference_implicit.jsonl": ("preferences", "preference", 4),
+    "hh_rlhf.jsonl": ("preferences", "hh_rlhf", 4),
+    "ultrafeedback.jsonl": ("preferences", "ultrafeedback", 4),
+    "ultrafeedback_binarized.jsonl": ("preferences", "ultrafeedback", 4),
+    "kto.jsonl": ("labelled", "kto", 5),
+    "ranking.jsonl": ("preferences", "ranking", 5),
+    "classification.csv": ("classes", "classification", 6),
+    "classification.jsonl": ("classes", "classification", 8),
 }
 
 
@@ -60,11 +60,11 @@ def test_every_example_has_its_row_here():
 
 @pytest.mark.parametrize("name", FOUND)
 def test_a_format_is_recognised_and_may_be_named(name):
-    purpose, layout, named, rows = FOUND[name]
+    purpose, named, rows = FOUND[name]
     assert purpose_of(data(name)) == purpose_of(data(name, format=named)) == purpose
     for source in (data(name), data(name, format=named)):
         found = list(survey(source, purpose))
-        assert ({item.format for item in found}, len(found)) == ({layout}, rows)
+        assert ({item.format for item in found}, len(found)) == ({named}, rows)
         assert not any(item.error for item in found)
     one, other = (survey(source, purpose) for source in (data(name), data(name, format=named)))
     assert [item.row for item in one] == [item.row for item in other]

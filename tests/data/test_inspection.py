@@ -118,6 +118,9 @@ def test_a_file_says_what_it_is_for(tmp_path, purpose, row):
     assert purpose_of(write(tmp_path / "rows.jsonl", "{", row)) == purpose
 
 
+SAID = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 def test_a_file_of_damage_alone_is_refused_with_the_first(tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: malformed JSON"):
         purpose_of(write(tmp_path / "rows.jsonl", "{", "["))
@@ -129,7 +132,7 @@ def test_a_survey_reads_what_training_reads(tmp_path):
     source = PathData(path=RECIPES / "data" / "smoke_sft.jsonl", limit=5)
     found = list(survey(source, "conversations"))
     assert [item.row for item in found] == read_conversations(source)
-    assert {(item.format, item.columns, item.error) for item in found} == {("openai_messages", ("messages",), None)}
+    assert {(item.format, item.columns, item.error) for item in found} == {("messages", ("messages",), None)}
 
 
 def test_a_csv_that_breaks_off_still_has_its_first_rows(tmp_path):
@@ -215,3 +218,12 @@ def test_shared_prompts_are_an_error_of_the_recipe(tmp_path, monkeypatch):
     result = invoke("recipe.yaml")
     assert result.exit_code == 3
     assert "1 of 1 prompts of stages.duel are also in stages.sft" in result.stderr
+
+
+@pytest.mark.parametrize(("row", "kind"), [({"messages": SAID}, "messages"), ({"conversations": SAID}, "messages")])
+def test_the_format_is_named_as_a_recipe_takes_it(tmp_path, row, kind):
+    source = write(tmp_path / "rows.jsonl", row)
+    shown = CliRunner().invoke(main, ["data", "inspect", str(source.path)])
+    assert f"format      {kind}, for conversations" in shown.stdout
+    assert inspected(source).format == kind
+    assert inspected(source.model_copy(update={"format": kind})).bad == 0

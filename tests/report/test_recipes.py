@@ -1,5 +1,7 @@
 """What two recipes do differently, and what does not count."""
 
+from pathlib import Path
+
 from rlhf.report.recipes import RecipeDifference, recipe_differences
 
 
@@ -36,16 +38,35 @@ def test_a_stage_that_one_does_not_have_is_one_row():
     assert recipe_differences([recipe(), other_kind]) == [RecipeDifference("stages.ppo", ("ppo", "grpo"))]
 
 
-def files(folder, train="data/train.jsonl"):
-    sft = {"name": "sft", "kind": "sft", "data": {"path": f"{folder}/{train}"}}
-    pairs = {"name": "pairs", "kind": "annotate", "judge": {"path": f"{folder}/rewards.py:score"}}
-    return recipe(stages=[sft, pairs])
+def clone(root, file="data/chats.jsonl", model="models/base"):
+    """The recipe of a folder, resolved there."""
+    sft = {
+        "name": "sft",
+        "kind": "sft",
+        "data": {"path": f"{root}/{file}"},
+        "judges": [{"kind": "function", "path": f"{root}/judge.py:score"}],
+    }
+    return {"name": "one", "model": {"path": f"{root}/{model}"}, "stages": [sft]}
 
 
-def test_copies_of_a_project_in_other_folders_are_alike():
-    assert recipe_differences([files("/home/ann/project"), files("/scratch/bob/copy")]) == []
+def test_two_clones_of_one_recipe_are_equal():
+    recipes, folders = [clone("/home/a/q"), clone("/work/q-2")], [Path("/home/a/q"), Path("/work/q-2")]
+    assert recipe_differences(recipes, folders) == []
+    assert len(recipe_differences(recipes)) == 3  # whose folders are not known
 
 
-def test_another_file_of_a_project_is_a_difference():
-    found = recipe_differences([files("/home/ann"), files("/home/bob", "data/v2/train.jsonl")])
-    assert found == [RecipeDifference("stages.sft.data.path", ("data/train.jsonl", "data/v2/train.jsonl"))]
+def test_other_files_are_differences_wherever_they_are():
+    folders = [Path("/a"), Path("/b")]
+    assert recipe_differences([clone("/a", "data/v1/x.jsonl"), clone("/b", "data/v2/x.jsonl")], folders) == [
+        RecipeDifference("stages.sft.data.path", ("data/v1/x.jsonl", "data/v2/x.jsonl"))
+    ]
+    assert recipe_differences([clone("/a"), clone("/b", "../c/x.jsonl")], folders) == [
+        RecipeDifference("stages.sft.data.path", ("data/chats.jsonl", "/b/../c/x.jsonl"))
+    ]
+
+
+def test_one_file_that_both_name_is_none():
+    shared = [{"name": "n", "stages": [], "model": {"path": "/models/base"}}] * 2
+    assert recipe_differences(shared, [Path("/a"), Path("/deep/down/b")]) == []
+    hub = [{"name": "n", "stages": [], "model": {"path": path}} for path in ("org/base", "/b/org/base")]
+    assert recipe_differences(hub, [Path("/a"), Path("/b")]) == []
