@@ -1,6 +1,7 @@
-"""One rank of two: `lost_rank.py RANK PORT FATE`. Rank 1 dies or sleeps after a first exchange, or comes never.
+"""One rank of two: `lost_rank.py RANK FATE`. Rank 1 dies or sleeps after a first exchange, or comes never.
 
-It says when it has its libraries, and begins when it is answered: ranks meet within a short deadline.
+It says when it has its libraries, and begins when it is answered with a port: ranks meet within a short deadline, and a
+port that was free a while ago may be taken.
 """
 
 import os
@@ -17,9 +18,9 @@ DEADLINE_S = 8.0
 
 
 def main() -> None:
-    rank, port, fate = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    rank, fate = int(sys.argv[1]), sys.argv[2]
     print("ready", flush=True)
-    sys.stdin.readline()
+    port = int(sys.stdin.readline())
     if fate == "comes never":
         sys.exit(refused(port))
     for _ in range(2):  # the second time does nothing

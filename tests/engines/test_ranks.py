@@ -21,15 +21,15 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("fate", ["dies", "sleeps"])
 def test_a_lost_rank_is_an_error_within_the_deadline(fate: str) -> None:
-    port = str(free_port())
     ranks = [
-        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), port, fate], stdin=PIPE, stdout=PIPE, text=True)
+        subprocess.Popen([sys.executable, str(SCRIPT), str(rank), fate], stdin=PIPE, stdout=PIPE, text=True)
         for rank in (0, 1)
     ]
     try:
         assert [rank.stdout.readline() for rank in ranks if rank.stdout] == ["ready\n"] * 2
+        port = free_port()
         for rank in ranks:
-            rank.stdin.write("go\n")
+            rank.stdin.write(f"{port}\n")
             rank.stdin.flush()
         seconds, _, message = ranks[0].communicate(timeout=300)[0].partition(" ")
     finally:
@@ -42,9 +42,9 @@ def test_a_lost_rank_is_an_error_within_the_deadline(fate: str) -> None:
 
 
 def test_ranks_that_do_not_come_are_an_error() -> None:
-    port = str(free_port())
-    command = [sys.executable, str(SCRIPT), "0", port, "comes never"]
-    said = subprocess.run(command, input="go\n", capture_output=True, text=True, timeout=300, check=True).stdout
+    port = free_port()
+    command = [sys.executable, str(SCRIPT), "0", "comes never"]
+    said = subprocess.run(command, input=f"{port}\n", capture_output=True, text=True, timeout=300, check=True).stdout
     assert said.startswith(f"ready\nrank 0 of 2: the ranks did not meet at 127.0.0.1:{port} within 1 s")
 
 

@@ -29,7 +29,9 @@ FAST, SLOW = Products(2e11, 1e11, True), Products(2e9, 1e11, False)
     ],
 )
 def test_the_device_decides_where_nothing_is_lost(tmp_path, monkeypatch, stored, products, gpus, dtype):
-    (tmp_path / "config.json").write_text(json.dumps({"dtype": stored, "max_position_embeddings": 64}))
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
+    config = {"model_type": "llama", "dtype": stored, "max_position_embeddings": 64, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("rlhf.recipe.dtype.cpu_products", lambda: products)
     monkeypatch.setattr("rlhf.recipe.dtype.bfloat16_gpus", lambda: gpus)
     monkeypatch.setattr("rlhf.serving.dtype.local_resources", lambda: Resources(2, len(gpus), 2**30))
