@@ -62,7 +62,7 @@ def run(stage: KtoStage, context: StageContext) -> Summary:
     summary: Summary = {"rows": len(train), "desirable": sum(row.labelled.desirable for row in train) / len(train)}
     summary |= {"heldout_rows": len(heldout), **trained.summary()}
     if heldout and split.paired:
-        summary["heldout_pair_accuracy"] = _pair_accuracy(policy, heldout, tokenizer.pad_id)
+        summary["heldout_pair_accuracy"] = pair_accuracy(policy, heldout, tokenizer.pad_id)
     context.save(policy)
     return summary
 
@@ -127,7 +127,7 @@ def labelled_batch(policy: Reference, rows: Sequence[Example], pad_id: int) -> L
     )
 
 
-def _pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
+def pair_accuracy(policy: Reference, rows: Sequence[Example], pad_id: int) -> float:
     """Return the share of pairs (every two rows) whose desirable response has the larger log-ratio; a tie is half."""
     own = response_sums(policy, Lazy(lambda i: rows[i].labelled.sequence, len(rows)), pad_id)
     ratios = torch.tensor(own) - torch.tensor([row.ref_logprob for row in rows])

@@ -8,7 +8,7 @@ import torch
 from rlhf.data.sequences import LabelledSequence, answered
 from rlhf.errors import DataError
 from rlhf.roles import Ready
-from rlhf.stages.kto import Example, labelled_batch, mismatches
+from rlhf.stages.kto import Example, labelled_batch, mismatches, pair_accuracy
 from rlhf.types import TokenBatch, TokenScores
 
 
@@ -78,3 +78,14 @@ def test_the_reference_point_is_the_mean_gap_of_the_mismatches_over_the_whole_ba
 def test_the_reference_point_is_never_below_0():
     batch = labelled_batch(Constant(-0.5), examples((0.0, 0.0, 0.0)), pad_id=0)
     assert batch.kl.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("ref_logprobs", "accuracy"),
+    [((-0.5, -0.5, -0.5, -0.5), 0.5), ((-1.0, -0.5, -0.5, -0.5), 0.75), ((-0.5, -1.0, -0.5, -0.5), 0.25)],
+)
+def test_of_two_answers_with_equal_ratios_each_is_half_the_better(ref_logprobs, accuracy):
+    row = ROWS[0]
+    tokens = sum(row.sequence.response_mask)
+    rows = [Example(row, row.sequence, tokens * logprob, 0.0) for logprob in ref_logprobs]
+    assert pair_accuracy(Constant(-0.5), rows, pad_id=0) == accuracy

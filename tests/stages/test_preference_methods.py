@@ -67,8 +67,7 @@ def test_the_first_step_starts_at_the_reference(finished, method, first):
     step = rows(finished, method)[0]
     assert step["loss"] == pytest.approx(first, abs=1e-4)
     assert step["margin"] == pytest.approx(0, abs=1e-4)
-    if step["margin"] == 0:  # no pair was decided by rounding
-        assert step["accuracy"] == 0.5
+    assert step["accuracy"] == pytest.approx(0.5, abs=0.3)  # ties, but for pairs that rounding decides
 
 
 def test_kto_starts_at_half_the_weight_with_no_kl(finished):
