@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import threading
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -53,10 +52,11 @@ class LearnerActor(ModelLearner):
         return [str(number) for number in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
     def meeting_point(self) -> tuple[str, int]:
-        """Return this machine's address and a free port on it."""
+        """Return this machine's address and a port of it at which the ranks can meet."""
+        from rlhf.engines.ranks import listen
+
         address = ray.util.get_node_ip_address()
-        with socket.create_server((address, 0)) as server:
-            return address, server.getsockname()[1]
+        return address, listen(address)
 
     def join(self, rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
         """Meet the other ranks; `timeout_s` is the deadline of every collective from then on."""

@@ -63,9 +63,11 @@ def validate(loaded: LoadedRecipe) -> None:
     stages = " -> ".join(stage.name for stage in loaded.recipe.stages)
     echo(f"OK {loaded.recipe.name}: {stages}")
     if loaded.recipe.model.dtype == "bfloat16" and loaded.recipe.ray.address is None:
-        from rlhf.recipe.dtype import Here, decide
+        with waiting("measuring this machine"):
+            from rlhf.recipe.dtype import Here, decide
 
-        for text in decide(loaded.recipe, Here()).warnings:
+            warnings = decide(loaded.recipe, Here()).warnings
+        for text in warnings:
             echo(f"warning: {loaded.located(text)}", err=True)
 
 
@@ -164,11 +166,12 @@ def submit(loaded: LoadedRecipe, address: str, name: str | None, output: str | N
 @reports_errors
 def compare(runs: tuple[Path, ...], output: Path) -> None:
     """Compare the candidates of finished RUNS, sampled on the same prompts, in one report."""
-    from rlhf.report.runs import compare_runs
-    from rlhf.report.table import comparison_table, verdict
-    from rlhf.terminal import Terminal
+    with waiting("reading the samples and resampling them"):
+        from rlhf.report.runs import compare_runs
+        from rlhf.report.table import comparison_table, verdict
+        from rlhf.terminal import Terminal
 
-    comparison = compare_runs(runs, output)
+        comparison = compare_runs(runs, output)
     console = Terminal()
     console.print(comparison_table(comparison))
     console.print(printable(verdict(comparison)), markup=False)
@@ -200,9 +203,10 @@ def list_checkpoints(run: Path) -> None:
 @reports_errors
 def verify(run: Path) -> None:
     """Compare every state and finished model in the run folder RUN with the hashes taken when it was written."""
-    from rlhf.report.states import check_run
+    with waiting("reading every file that was hashed"):
+        from rlhf.report.states import check_run
 
-    found = check_run(run)
+        found = check_run(run)
     if found.problems:
         hidden = len(found.problems) - MAX_LINES
         lines = found.problems if hidden <= 0 else [*found.problems[: MAX_LINES - 1], f"and {hidden + 1} more"]
@@ -224,7 +228,8 @@ def data() -> None:
 def inspect(source: Path, model: str | None, kind: str, as_json: bool) -> None:
     """Show formats, bad rows, lengths, repeats and one row as it is trained on; fail when a run would."""
     quiet_libraries()
-    from rlhf.report.inspection import inspect_and_print
+    with waiting("starting"):
+        from rlhf.report.inspection import inspect_and_print
 
     inspect_and_print(source, model, kind, as_json)
 
@@ -235,10 +240,12 @@ def inspect(source: Path, model: str | None, kind: str, as_json: bool) -> None:
 @reports_errors
 def doctor(output: Path, as_json: bool) -> None:
     """Check this machine for what makes runs fail or slow: versions, GPUs, threads, memory, disk, Ray."""
-    from rlhf.doctor.check import print_checks
-    from rlhf.doctor.machine import check_machine
+    with waiting("looking at this machine"):
+        from rlhf.doctor.check import print_checks
+        from rlhf.doctor.machine import check_machine
 
-    sys.exit(print_checks(check_machine(output), as_json))
+        checks = check_machine(output)
+    sys.exit(print_checks(checks, as_json))
 
 
 @main.command()
@@ -251,13 +258,14 @@ def doctor(output: Path, as_json: bool) -> None:
 def bench(recipe: Path | None, only: tuple[str, ...], output: Path | None) -> None:
     """Measure this machine, or RECIPE's roles on it: products, copies, learners, rollouts, transfer, Ray."""
     quiet_libraries()
-    from actors.bench import cluster
-    from actors.worker import learner_environment
-    from rlhf.bench.command import bench as measure_and_print
-    from rlhf.bench.measure import Options
-    from rlhf.recipe.load import load_recipe
+    with waiting("starting"):
+        from actors.bench import cluster
+        from actors.worker import learner_environment
+        from rlhf.bench.command import bench as measure_and_print
+        from rlhf.bench.measure import Options
+        from rlhf.recipe.load import load_recipe
 
-    wanted = load_recipe(recipe, ()).recipe if recipe else None
+        wanted = load_recipe(recipe, ()).recipe if recipe else None
     parts = [part for part in PARTS if part in only]
     sys.exit(measure_and_print(Options(wanted, parts, learner_environment()), cluster, output))
 

@@ -13,11 +13,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from rlhf.untrusted import printable
 
@@ -33,6 +35,14 @@ SHOWN = {
     "tokens_per_second": "tok/s",
 }
 PLAIN_INTERVAL_S = 10.0
+
+
+class Steps(MofNCompleteColumn):
+    """Steps done of all; nothing before the first."""
+
+    def render(self, task: Task) -> Text:
+        """Return the column's text."""
+        return Text() if task.total is None else super().render(task)
 
 
 def brief(metrics: Mapping[str, float]) -> str:
@@ -53,7 +63,7 @@ class Display(logging.Handler):
             self.bar = Progress(
                 TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                Steps(),
                 TextColumn("{task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("eta"),
@@ -70,16 +80,21 @@ class Display(logging.Handler):
         """Print a warning."""
         self.say(record.getMessage())
 
+    def wait(self, text: str) -> None:
+        """Say what is going on before the first step: a bar without a length, or a line."""
+        if self.bar is None:
+            self.say(text)
+        else:
+            self._show(text, None)
+
     def stage(self, label: str, total: int) -> None:
         """Begin a stage, or a part of one, of `total` steps."""
         self.label, self.total, self.started = label, total, time.monotonic()
         self.printed = self.started
         if self.bar is None:
-            return self.say(f"{label}: {total} steps")
-        if self.task is not None:
-            self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(label, total=total, detail="")
-        return None
+            self.say(f"{label}: {total} steps")
+        else:
+            self._show(label, total)
 
     def expect(self, total: int) -> None:
         """Correct the number of steps, where a budget ends before the plan does."""
@@ -96,6 +111,12 @@ class Display(logging.Handler):
             eta = f"  eta {(now - self.started) / done * (self.total - done):.0f}s" if done else ""
             self.printed = now
             self.say(f"{self.label}: step {done}/{self.total}  {brief(metrics)}{eta}")
+
+    def _show(self, label: str, total: int | None) -> None:
+        assert self.bar is not None
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(label, total=total, detail="")
 
     def __enter__(self) -> Self:
         """Listen to warnings and start the live display, if there is one."""

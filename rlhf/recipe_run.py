@@ -6,8 +6,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +38,7 @@ from rlhf.run_folder import kept_dtype, locked, run_place, write_inputs
 from rlhf.run_log import logged
 from rlhf.run_record import recorded
 from rlhf.sinks.base import open_sinks
+from rlhf.stage_folder import StageFolder
 from rlhf.stage_places import DONE, stage_folder
 from rlhf.stage_run import Surroundings, check_stages, run_stages
 from rlhf.terminal import Terminal
@@ -68,45 +69,66 @@ def run_recipe(
     start = time.monotonic()
     with locked(folder), logged(folder), recorded(folder) as recorder:
         sweep(default_cache())
-        resources = local_resources()
-        decision = decide(loaded.recipe, backend.devices(loaded.recipe, resources.gpus), kept_dtype(folder))
-        loaded = replace(loaded, recipe=decision.recipe)
-        recipe = expand_seeds(loaded.recipe)
-        known = look_up(recipe)
-        plan = make_plan(loaded, resources, known=known)
-        console.print(headline(plan), markup=False, highlight=False, soft_wrap=True)
-        _say(decision, console)
-        models = _models(recipe)
-        check_lengths(loaded.recipe, models["base"])
-        check_disjoint(loaded.recipe)
-        check_tokens(loaded.recipe)
-        check_functions(loaded.recipe)
-        folders = check_stages(recipe, folder, models, restart)
-        todo = [stage.name for stage, made in zip(recipe.stages, folders, strict=True) if not made.whole]
-        check_room(recipe, known, resources, todo, console)
+        ready = _prepared(loaded, folder, console, restart)
         with (
             Display(console) as display,
             Interrupts(display.say) as interrupts,
-            open_sinks(recipe, folder) as sinks,
-            _started(recipe, launch, display) as launcher,
+            open_sinks(ready.recipe, folder) as sinks,
+            _started(ready.recipe, launch, display) as launcher,
         ):
-            write_inputs(folder, loaded)
+            write_inputs(folder, ready.loaded)
             run = Surroundings(
-                recipe=recipe,
+                recipe=ready.recipe,
                 folder=folder,
-                models=models,
-                cpus=resources.cpus,
+                models=ready.models,
+                cpus=ready.cpus,
                 launcher=launcher,
                 display=display,
                 interrupts=interrupts,
                 sink=sinks,
                 working_on=recorder.working_on,
-                usual_length=plan.usual_length,
+                usual_length=ready.usual_length,
             )
-            run_stages(run, folders)
-        _show_result(recipe, folder, console)
+            run_stages(run, ready.folders)
+        _show_result(ready.recipe, folder, console)
     console.print(f"done in {time.monotonic() - start:.0f} s, run folder {folder}", markup=False, soft_wrap=True)
     return folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check: its recipe with the dtype decided, and `recipe`, the same with seeds expanded.
+
+    `models`, `cpus` and `usual_length` are as in `Surroundings`; `folders` are those of the stages.
+    """
+
+    loaded: LoadedRecipe
+    recipe: Recipe
+    models: Mapping[str, Path]
+    cpus: float
+    usual_length: int | None
+    folders: Sequence[StageFolder]
+
+
+def _prepared(loaded: LoadedRecipe, folder: Path, console: Console, restart: Collection[str]) -> Prepared:
+    """Decide the dtype, print the plan's first line, and check models, data, rewards, folders and memory."""
+    resources = local_resources()
+    decision = decide(loaded.recipe, backend.devices(loaded.recipe, resources.gpus), kept_dtype(folder))
+    loaded = replace(loaded, recipe=decision.recipe)
+    recipe = expand_seeds(loaded.recipe)
+    known = look_up(recipe)
+    plan = make_plan(loaded, resources, known=known)
+    console.print(headline(plan), markup=False, highlight=False, soft_wrap=True)
+    _say(decision, console)
+    models = _models(recipe)
+    check_lengths(loaded.recipe, models["base"])
+    check_disjoint(loaded.recipe)
+    check_tokens(loaded.recipe)
+    check_functions(loaded.recipe)
+    folders = check_stages(recipe, folder, models, restart)
+    todo = [stage.name for stage, made in zip(recipe.stages, folders, strict=True) if not made.whole]
+    check_room(recipe, known, resources, todo, console)
+    return Prepared(loaded, recipe, models, resources.cpus, plan.usual_length, folders)
 
 
 def _say(decision: Decision, console: Console) -> None:
@@ -140,7 +162,7 @@ def _started(recipe: Recipe, launch: Callable[[Recipe], Launcher], display: Disp
     """Return what builds the roles, and say what starts where that takes a while."""
     if recipe.backend == "ray":
         where = f"joining Ray at {recipe.ray.address}" if recipe.ray.address else "starting Ray on this machine"
-        display.say(where)
+        display.wait(where)
     return launch(recipe)
 
 

@@ -98,6 +98,7 @@ def run_stages(run: Surroundings, folders: Collection[StageFolder]) -> None:
             run.display.say(f"{label}: unchanged, reused")
             continue
         run.working_on(stage.name)
+        run.display.wait(f"{label}: loading models and data")
         made.prepare()
         began = time.monotonic()
         summary = _until_done(run, stage, made, outputs)

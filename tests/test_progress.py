@@ -75,6 +75,21 @@ def test_each_stage_starts_its_own_clock(clock):
     assert out.getvalue().splitlines() == 2 * ["ppo: 2 steps", "ppo: step 2/2  loss 0.5  eta 0s"]
 
 
+def test_what_goes_on_before_the_first_step_is_a_line_or_a_bar_without_a_length():
+    display, out = plain()
+    display.wait("[1/6] sft: loading models and data")
+    assert out.getvalue() == "[1/6] sft: loading models and data\n"
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=True, width=120)) as display:
+        display.wait("starting Ray on this machine")
+        display.wait("[1/6] sft: loading models and data")
+        assert display.bar is not None
+        assert [(task.description, task.total) for task in display.bar.tasks] == [
+            ("[1/6] sft: loading models and data", None)
+        ]
+    assert "/?" not in out.getvalue()
+
+
 def test_a_terminal_shows_one_bar_of_the_current_stage():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)

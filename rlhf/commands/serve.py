@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 
 import click
 
 from rlhf.command import quiet_libraries, reports_errors
 from rlhf.untrusted import echo
+from rlhf.waiting import waiting
 
 
 @click.command()
@@ -41,21 +43,25 @@ def serve(
     LoRA stages that began with the same model are served by one engine, as adapters of that model.
     """
     quiet_libraries()
-    from rlhf.export.source import find_models
-    from rlhf.interrupts import Interrupted, Interrupts
-    from rlhf.serving.plan import plan_serving
-    from rlhf.serving.server import Endpoint, Limits, free_port, running
-
     key = read_key(api_key_env)
-    endpoint = Endpoint(host, free_port(host, port), key)
-    if not endpoint.on_loopback:
-        _check_open(host, key)
-    serving = plan_serving(find_models(models))
+    with waiting(f"reading {', '.join(models)}"):
+        from rlhf.export.source import find_models
+        from rlhf.interrupts import Interrupted, Interrupts
+        from rlhf.serving.plan import plan_serving
+        from rlhf.serving.server import Endpoint, Limits, free_port, running
+
+        endpoint = Endpoint(host, free_port(host, port), key)
+        if not endpoint.on_loopback:
+            _check_open(host, key)
+        serving = plan_serving(find_models(models))
     limits = Limits(threads or len(os.sched_getaffinity(0)), max_length, ready_timeout)
-    echo(f"starting vLLM with {', '.join(serving.names)} ...")
+    names = ", ".join(serving.names)
+    echo(f"starting vLLM with {names} ...")
     try:
-        with Interrupts(), running(serving, endpoint, limits) as server:
-            echo(f"ready: {endpoint.url}  models: {', '.join(serving.names)}")
+        with Interrupts(), ExitStack() as stack:
+            with waiting(f"vLLM loads {names}"):
+                server = stack.enter_context(running(serving, endpoint, limits))
+            echo(f"ready: {endpoint.url}  models: {names}")
             echo(_example(endpoint.url, serving.names[-1], api_key_env))
             server.wait()
     except Interrupted as stop:

@@ -18,6 +18,17 @@ from rlhf.pulse import PULSE
 
 COLLECTIVES = "torch.distributed.distributed_c10d"
 TRANSPORTS = ("gloo", "NCCL")
+BACKLOG = 1024
+LISTENING: dict[int, socket.socket] = {}
+"""By port: what `listen` opened and `join` has not used yet."""
+
+
+def listen(address: str) -> int:
+    """Return a port of this machine's `address` at which the ranks can meet; it stays open until rank 0 joins here."""
+    listening = _server(address, 0)
+    port: int = listening.getsockname()[1]
+    LISTENING[port] = listening
+    return port
 
 
 def join(rank: int, ranks: int, address: str, port: int, timeout_s: float) -> None:
@@ -64,18 +75,20 @@ def _store(rank: int, ranks: int, address: str, port: int, deadline: timedelta) 
     """Meet at rank 0, which listens at `address` alone where torch itself would listen at all of the machine's."""
     if rank != 0:
         return dist.TCPStore(address, port, ranks, is_master=False, timeout=deadline)
+    listening = LISTENING.pop(port, None) or _server(address, port)
+    return dist.TCPStore(address, port, ranks, is_master=True, timeout=deadline, master_listen_fd=listening.detach())
+
+
+def _server(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listening = socket.create_server((address, port), family=family, backlog=max(128, ranks)).detach()
-    return dist.TCPStore(address, port, ranks, is_master=True, timeout=deadline, master_listen_fd=listening)
+    return socket.create_server((address, port), family=family, backlog=BACKLOG)
 
 
 def join_alone() -> None:
     """Make a group of this process, for what wants a group, unless it is in one."""
     if dist.is_initialized():
         return
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    join(0, 1, "127.0.0.1", port, 60.0)
+    join(0, 1, "127.0.0.1", listen("127.0.0.1"), 60.0)
 
 
 def position() -> tuple[int, int]:

@@ -89,6 +89,7 @@ class VllmEngine:
                 distributed_executor_backend="uni" if spec.role.tensor_parallel == 1 else "mp",
                 gpu_memory_utilization=spec.role.gpu_memory_utilization,
                 enforce_eager=on_cpu,
+                enable_chunked_prefill=not on_cpu,  # of a prompt in pieces vLLM 0.32 rewinds the seed, on GPUs alone
                 kv_cache_memory_bytes=cpu_cache_bytes(spec) if on_cpu else None,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=self.backend),

@@ -20,6 +20,7 @@ from rlhf.recipe.model_shape import Model, ModelShape, read_shape
 from rlhf.recipe.online_schema import OnlineStage
 from rlhf.recipe.phases import Phase, stage_memory
 from rlhf.recipe.process_memory import HostMemory
+from rlhf.recipe.products import cpu_products
 from rlhf.recipe.resources import Resources, on_gpu, processes, reference_in_policy, threads, wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.row_lengths import Measured, narrowed
@@ -73,7 +74,8 @@ class StagePlan:
 class Plan:
     """A run; `processes` maps each role to where it runs, in words; `seconds` is a rough duration, where known.
 
-    `usual_length` is how many tokens the longest prompt of the data and a whole response have.
+    `disturbed` says that other programs ran while this machine's speed was measured. `usual_length` is how many tokens
+    the longest prompt of the data and a whole response have.
 
     With GPUs to plan for, `fit` says whether they hold it, `remedies` what would help, and `smallest` how few suffice.
     """
@@ -89,6 +91,7 @@ class Plan:
     warnings: tuple[str, ...]
     seconds: float | None
     usual_length: int
+    disturbed: bool = False
     notes: tuple[str, ...] = ()
     device: Device | None = None
     fit: Fit | None = None
@@ -144,7 +147,9 @@ def make_plan(
         _stage_plan(recipe, stage, shapes, int(resources.cpus), device, real, held)
         for stage, held in zip(recipe.stages, memory, strict=True)
     )
-    elsewhere = not resources.gpus and any(want.gpus for want in processes(recipe).values())
+    wants_gpus = any(want.gpus for want in processes(recipe).values())
+    here = recipe.ray.address is None and (resources.gpus > 0 or not wants_gpus)
+    rate, disturbed = _rate(recipe, resources.gpus) if here else (0.0, False)
     return Plan(
         name=recipe.name,
         backend=recipe.backend,
@@ -155,8 +160,9 @@ def make_plan(
         processes=_places(recipe),
         stages=stages,
         warnings=tuple(_warnings(recipe, stages)),
-        seconds=None if elsewhere else _seconds(recipe, known, resources.gpus),
+        seconds=estimate_seconds(recipe, shapes.base, rate, known.measured) if here else None,
         usual_length=longest(real),
+        disturbed=disturbed,
         device=device,
         fit=fit,
         remedies=remedies(recipe, shapes, device) if device and fit and fit.problems else (),
@@ -170,7 +176,8 @@ def headline(plan: Plan) -> str:
     stages = " -> ".join(_titles(plan.stages))
     roles = ", ".join(f"{name} {place}" for name, place in plan.processes.items())
     backend = "on Ray" if plan.backend == "ray" else "in this process"
-    duration = "" if plan.seconds is None else f"; roughly {max(1, round(plan.seconds / 60))} min"
+    minutes = "" if plan.seconds is None else f"; roughly {max(1, round(plan.seconds / 60))} min"
+    duration = minutes + (" at the speed that other programs leave" if minutes and plan.disturbed else "")
     return f"{plan.name}: {stages}; {backend}: {roles}{duration}"
 
 
@@ -207,13 +214,10 @@ def _judges(recipe: Recipe) -> dict[str, ModelShape]:
     return {name: read_shape(resolve_judge(model)) for name, model in local.items()}
 
 
-def _seconds(recipe: Recipe, known: Known, gpus: float) -> float | None:
-    """Return the estimate for this machine; a cluster's speed is not known from here."""
-    if recipe.ray.address is not None:
-        return None
+def _rate(recipe: Recipe, gpus: float) -> tuple[float, bool]:
+    """Return this machine's rate of products, and whether other programs disturbed its measurement."""
     fast = any(on_gpu(recipe, role, gpus > 0) for role in processes(recipe).values())
-    rate = matmul_rate(recipe.model.precision, fast)
-    return estimate_seconds(recipe, known.shapes.base, rate, known.measured)
+    return matmul_rate(recipe.model.precision, fast), not fast and cpu_products().disturbed
 
 
 def _stage_plan(

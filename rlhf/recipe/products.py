@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -37,16 +38,22 @@ Bfloat16 takes half the memory, so a draw is enough for it; a disturbed measurem
 """
 SIZES, LAPS, BUDGET_S = (256, 512, 1024), 4, 0.2
 FRESH_S = 86400.0
-"""A measurement is repeated after a day and the faster one kept: other processes only ever make it slower."""
+"""A measurement is repeated after a day, or at once where other programs disturbed it, and the faster one kept."""
+PREEMPTED = 100
+"""Times in a second of a thread from which on other programs disturbed it; alone it is a few, beside one other 400."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """Floating-point operations per second of matrix products on the CPU; `instructions`: it has some for bfloat16."""
+    """Floating-point operations per second of matrix products on the CPU.
+
+    `instructions`: it has some for bfloat16. `disturbed`: other programs ran meanwhile, so that the rates are too low.
+    """
 
     bfloat16: float
     float32: float
     instructions: bool
+    disturbed: bool = False
 
     def rate(self, dtype: Dtype) -> float:
         """Return the rate of a dtype."""
@@ -72,7 +79,7 @@ def cpu_products() -> Products:
     text = _cpuinfo()
     has = bfloat16_instructions(text, os.environ)
     rates = _rates(default_cache() / FOLDER / f"{_key(text)}.json")
-    return Products(rates["bfloat16"], rates["float32"], has)
+    return Products(rates["bfloat16"], rates["float32"], has, bool(rates["disturbed"]))
 
 
 def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> bool:
@@ -85,25 +92,27 @@ def bfloat16_instructions(cpuinfo: str, environ: Mapping[str, str]) -> bool:
 @cache
 def _rates(file: Path) -> dict[str, float]:
     kept = _read(file)
-    if kept is not None and 0 <= time.time() - kept["at"] < FRESH_S:
+    if kept is not None and 0 <= time.time() - kept["at"] < FRESH_S and not kept["disturbed"]:
         return kept
-    measured = measure()
-    if kept is not None:
-        measured = {dtype: max(rate, kept[dtype]) for dtype, rate in measured.items()}
-    _write(file, {**measured, "at": time.time()})
-    return measured
+    found = measure()
+    if kept is not None and found["disturbed"]:
+        found |= {dtype: max(found[dtype], kept[dtype]) for dtype in DTYPES}
+    _write(file, {**found, "at": time.time()})
+    return found
 
 
 def measure() -> dict[str, float]:
-    """Return the best rate of each dtype: the products of a layer forward and of its gradient backward.
+    """Return the best rate of each dtype, and by `disturbed` whether other programs took the cores meanwhile.
 
-    The dtypes take turns, so that what else the machine does slows both. Each has `BUDGET_S`; where its small products
-    take all of that, larger ones are not tried.
+    What is multiplied are the products of a layer forward and of its gradient backward. The dtypes take turns, so that
+    what else the machine does slows both. Each has `BUDGET_S`; where its small products take all of that, larger ones
+    are not tried.
     """
     import torch
 
     best = dict.fromkeys(DTYPES, 0.0)
     spent = dict.fromkeys(DTYPES, 0.0)
+    preempted, began = _preempted(), time.perf_counter()
     for size in SIZES:
         pairs = {dtype: torch.randn(2, size, size).to(getattr(torch, dtype)) for dtype in DTYPES}
         for _ in range(LAPS):
@@ -112,7 +121,14 @@ def measure() -> dict[str, float]:
                     seconds = _seconds(*pairs[dtype])
                     spent[dtype] += seconds
                     best[dtype] = max(best[dtype], 4 * size**3 / seconds)
-    return {str(dtype): rate for dtype, rate in best.items()}
+    usual = PREEMPTED * (time.perf_counter() - began) * torch.get_num_threads()
+    rates = {str(dtype): rate for dtype, rate in best.items()}
+    return {**rates, "disturbed": float(_preempted() - preempted > usual)}
+
+
+def _preempted() -> int:
+    """Return how often the system took a core from this process's threads."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _seconds(rows: Tensor, weight: Tensor) -> float:
@@ -151,8 +167,8 @@ def _read(file: Path) -> dict[str, float] | None:
     """Return what is kept, None where nothing whole is."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         found = json.loads(file.read_bytes())
-        kept = {name: float(found[name]) for name in (*DTYPES, "at")}
-        if all(math.isfinite(value) and value > 0 for value in kept.values()):
+        kept = {name: float(found[name]) for name in (*DTYPES, "at", "disturbed")}
+        if all(math.isfinite(kept[name]) and kept[name] > 0 for name in (*DTYPES, "at")):
             return kept
     return None
 

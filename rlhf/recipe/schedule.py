@@ -23,8 +23,8 @@ from rlhf.recipe.stage_schema import (
 
 Schedule = Mapping[str, int]
 
-GPU_PASS, CPU_PASS = 4096, 512
-"""Tokens that go through a model at once. On a CPU matrix products of 512 rows reach the rate of larger ones."""
+GPU_PASS, CPU_PASS = 4096, 1024
+"""Tokens that go through a model at once. On 2 cores in float32 DPO is 1.3 times slower at 512, and 1.1 times at 4096."""
 
 FEWEST_ROWS = 20
 """An SFT stage with fewer rows trains on all of them."""

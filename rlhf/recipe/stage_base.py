@@ -22,7 +22,7 @@ class StageBase(Strict):
     max_tokens_per_microbatch: PositiveInt | None = Field(
         None,
         description="tokens in one forward/backward pass; results do not depend on it; unset is 4096 on a GPU and "
-        "512 on the CPU, where larger passes take more memory and are not faster",
+        "1024 on the CPU, where larger passes take more memory and are not faster",
     )
 
 

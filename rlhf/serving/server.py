@@ -231,7 +231,8 @@ def arguments(serving: Serving, endpoint: Endpoint, limits: Limits) -> list[str]
 
 
 def _on_cpu(serving: Serving, limits: Limits) -> tuple[str, ...]:
-    return "--enforce-eager", "--kv-cache-memory-bytes", str(cpu_cache_bytes(_spec(serving.folder, limits)))
+    cache = str(cpu_cache_bytes(_spec(serving.folder, limits)))
+    return "--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", cache
 
 
 def environment(serving: Serving, endpoint: Endpoint, limits: Limits) -> Mapping[str, str]:

@@ -98,6 +98,7 @@ CHANGES: dict[str, Change] = {
     "logits of every position": every_position,
     "logits whole, never in parts": whole_logits,
     "passes of 512 tokens": with_spec(max_tokens_per_microbatch=512),
+    "passes of 4096 tokens": with_spec(max_tokens_per_microbatch=4096),
     "gradient_checkpointing": with_spec(gradient_checkpointing=True),
     "float32 weights": with_spec(dtype="float32"),
     "torch.compile between products": compiled,

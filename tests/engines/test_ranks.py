@@ -9,7 +9,7 @@ from subprocess import PIPE
 import pytest
 from lost_rank import DEADLINE_S
 
-from rlhf.engines.ranks import exchanging
+from rlhf.engines.ranks import LISTENING, exchanging, listen
 
 SCRIPT = Path(__file__).with_name("lost_rank.py")
 
@@ -51,3 +51,9 @@ def test_ranks_that_do_not_come_are_an_error() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^shape mismatch$"), exchanging("policy.train"):
         raise RuntimeError("shape mismatch")
+
+
+def test_no_other_process_takes_the_port_where_ranks_will_meet() -> None:
+    port = listen("127.0.0.1")
+    with LISTENING.pop(port), pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", port))

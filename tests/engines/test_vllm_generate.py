@@ -31,7 +31,7 @@ PROMPTS = [Prompt(str(n), tuple(6 + (7 * i + n) % 256 for i in range(n)), "") fo
 
 
 def spec(folder: Path, **changes: object) -> RolloutSpec:
-    role = RolloutRole(max_sequences=16)
+    role = RolloutRole(max_sequences=32)
     return replace(RolloutSpec(folder, "float32", role, max_length=256, threads=1, seed=0), **changes)
 
 
@@ -94,6 +94,14 @@ def test_a_seed_gives_the_same_response_in_any_company(engine):
     alone = samples(engine.generate(PROMPTS[:1], Sampling(16), [[2]]))
     assert alone == {("5", 2): batch["5", 2]}
     assert len(set(batch.values())) == len(batch)
+
+
+def test_more_tokens_of_prompts_than_go_into_a_step_change_no_response(engine):
+    """32 prompts of 200 tokens: vLLM takes 4,096 tokens into a step, which ends within a prompt."""
+    prompts = [Prompt(str(n), tuple(6 + (7 * i * (n + 1)) % 256 for i in range(200)), "") for n in range(32)]
+    together = engine.generate(prompts, SIXTEEN, [[n] for n in range(32)])
+    for n in (0, 20, 31):
+        assert together[n].tokens == engine.generate([prompts[n]], SIXTEEN, [[n]])[0].tokens
 
 
 def test_calls_at_the_same_time_draw_what_one_call_would(engine):

@@ -59,7 +59,7 @@ def machine(tmp_path, monkeypatch):
     """A machine whose measurements are made up, with a cache of its own; returns the rates of each measurement."""
     made: list[dict[str, float]] = []
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "measure", lambda: made.pop(0))
+    monkeypatch.setattr(products, "measure", lambda: {"disturbed": 0.0, **made.pop(0)})
     products._rates.cache_clear()
     yield made
     products._rates.cache_clear()
@@ -84,13 +84,30 @@ def test_it_measures_once_and_keeps_what_it_found(machine, tmp_path):
     assert (first.rate("bfloat16"), first.rate("float32")) == (2.0, 4.0)
 
 
-def test_after_a_day_it_measures_again_and_keeps_the_faster_of_both(machine, tmp_path):
-    machine += [{"bfloat16": 2.0, "float32": 4.0}, {"bfloat16": 3.0, "float32": 1.0}]
+@pytest.mark.parametrize(("disturbed", "bfloat16", "float32"), [(1.0, 3.0, 4.0), (0.0, 3.0, 1.0)])
+def test_after_a_day_it_measures_again_and_if_disturbed_keeps_the_faster(
+    machine, tmp_path, disturbed, bfloat16, float32
+):
+    machine += [{"bfloat16": 2.0, "float32": 4.0}, {"bfloat16": 3.0, "float32": 1.0, "disturbed": disturbed}]
     cpu_products()
     file = kept_file(tmp_path / "cache")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"at": time.time() - 2 * products.FRESH_S}))
-    assert again().rate("bfloat16") == 3.0
-    assert again().rate("float32") == 4.0
+    found = again()
+    assert (found.rate("bfloat16"), found.rate("float32")) == (bfloat16, float32)
+
+
+def test_a_disturbed_measurement_is_repeated_by_the_next_command(machine):
+    machine += [{"bfloat16": 2.0, "float32": 1.0, "disturbed": 1.0}, {"bfloat16": 4.0, "float32": 8.0}]
+    assert cpu_products().disturbed
+    assert again() == Products(4.0, 8.0, again().instructions)
+    assert not machine
+
+
+@pytest.mark.parametrize(("preempted", "disturbed"), [(0, 0.0), (10_000_000, 1.0)])
+def test_a_measurement_is_disturbed_where_other_programs_took_the_cores(monkeypatch, preempted, disturbed):
+    counts = iter([5, 5 + preempted])
+    monkeypatch.setattr(products, "_preempted", lambda: next(counts))
+    assert measure()["disturbed"] == disturbed
 
 
 @pytest.mark.parametrize(
@@ -131,8 +148,8 @@ def test_what_changes_the_rates_has_a_measurement_of_its_own(machine, monkeypatc
 
 def test_it_measures_rates_of_both():
     rates = measure()
-    assert rates.keys() == {"bfloat16", "float32"}
-    assert all(1e6 < rate < 1e15 for rate in rates.values())
+    assert rates.keys() == {"bfloat16", "float32", "disturbed"}
+    assert all(1e6 < rates[dtype] < 1e15 for dtype in ("bfloat16", "float32"))
 
 
 DECIDES = "from rlhf.recipe.products import cpu_products as p; import json; print(json.dumps([p().faster, p().slower]))"

@@ -104,6 +104,7 @@ def test_no_code_no_key_among_arguments_no_loading_of_adapters(run):
     serving = plan(run, "dpo", "ipo")
     given = arguments(serving, endpoint, Limits(2, 128))
     assert "topsecretkey" not in " ".join(given)
+    assert ("--no-enable-chunked-prefill" in given) is not Path("/dev/nvidiactl").exists()
     assert not any("trust" in one for one in given)
     assert given[given.index("--max-model-len") + 1] == "128"
     modules = given[given.index("--lora-modules") + 1 :]
