@@ -34,6 +34,8 @@ Phase = Literal["generate", "score", "learn", "publish"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 BUCKET = 1 << 30
 """Bytes of weights at most on their way to the engine at once."""
+FIT = 10 * 8
+"""Bytes for each pair of hidden units while a critic's head is fitted: moments of five folds, and what solves them."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def stage_memory(
                 role_cut(role, want),
                 bool(want.gpus),
             )
+            if name == "critic" and isinstance(stage, PpoStage) and stage.critic_start == "fitted":
+                memory = replace(memory, score=memory.score.plus(Memory(buffers=FIT * shape.hidden**2)))
             turns = name == "policy" and bool(want.gpus) and recipe.roles.rollout.share == "policy"
             held = {phase: _learner_phase(memory, phase, want, turns, name == "policy") for phase in phases}
             found[name] = RoleMemory(model, held, memory.host)

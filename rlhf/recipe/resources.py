@@ -48,10 +48,15 @@ class Wanted:
 
 def local_resources() -> Resources:
     """Return what this process may use on this machine."""
+    memory = main_memory()
+    return Resources(len(os.sched_getaffinity(0)), visible_gpus(), memory.usable, memory.free)
+
+
+def visible_gpus() -> int:
+    """Return how many GPUs this process may use."""
     import torch
 
-    memory = main_memory()
-    return Resources(len(os.sched_getaffinity(0)), torch.cuda.device_count(), memory.usable, memory.free)
+    return torch.cuda.device_count()
 
 
 def wanted(recipe: Recipe, stage: Stage) -> dict[RoleName, Wanted]:

@@ -46,8 +46,8 @@ TRAINING_ONLY = {"checkpoint", "role", "optimizer", "head_learning_rate", "seed"
 PART = 4096
 """Responses in one part, at most."""
 
-PART_TOKENS = 1 << 18
-"""Tokens in one part for each rank of the model, about: seconds on a GPU, a few minutes on a CPU."""
+PART_TOKENS, CPU_PART_TOKENS = 1 << 18, 1 << 13
+"""Tokens in one part for each rank of the model on a GPU and on a CPU, about: an interrupt waits for that."""
 
 
 @dataclass
@@ -116,6 +116,7 @@ def _parts(
     Two neighbours, the sides of a pair, stay together and share their prompt.
     """
     model = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    room = spec.ranks * (PART_TOKENS if _on_gpu(context) else CPU_PART_TOKENS)
     start = tokens = 0
     digest = model.copy()
 
@@ -126,7 +127,7 @@ def _parts(
     for place in range(0, len(group), 2):
         sides = group[place : place + 2]
         size = sum(len(sequence.tokens) for sequence in sides)
-        if place > start and (tokens + size > PART_TOKENS * spec.ranks or place - start >= PART):
+        if place > start and (tokens + size > room or place - start >= PART):
             yield part(place)
             start, tokens, digest = place, 0, model.copy()
         tokens += size
@@ -145,14 +146,17 @@ def _row(group: Sequence[TokenSequence], start: int, place: int) -> TokenSequenc
 def _content(spec: LearnerSpec, context: StageContext) -> dict[str, Any]:
     """Return all that the numbers depend on beside the sequences, in JSON."""
     settings = {name: value for name, value in asdict(spec).items() if name not in TRAINING_ONLY}
-    on_gpu = accelerators(context.recipe, context.stage) > 0
     return {
         "model": folder_digest(spec.checkpoint),
         "settings": settings | {"tuning": spec.tuning.model_dump(mode="json") if spec.tuning else None},
-        "device": "gpu" if on_gpu else [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        "device": "gpu" if _on_gpu(context) else [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "libraries": {name: version(name) for name in LIBRARIES},
         "code": _code_digest(),
     }
+
+
+def _on_gpu(context: StageContext) -> bool:
+    return accelerators(context.recipe, context.stage) > 0
 
 
 @cache

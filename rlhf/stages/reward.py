@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.ordering import wins
-from rlhf.data.collate import collate_pairs
+from rlhf.data.collate import collate, collate_pairs
 from rlhf.data.pairs import Pair
+from rlhf.data.sequences import TokenPair
 from rlhf.engines.objectives import RewardModel
 from rlhf.errors import GuardError
 from rlhf.recipe.stage_schema import RewardStage
@@ -19,7 +20,7 @@ from rlhf.stages.context import StageContext
 from rlhf.stages.epochs import train_epochs
 from rlhf.stages.pairs import load_pairs
 from rlhf.stages.sft import Summary
-from rlhf.types import PreferenceBatch, Prompt, Rollout
+from rlhf.types import Prompt, Rollout
 
 STANDARDISING_PAIRS = 128
 
@@ -32,9 +33,9 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
         "reward", "scalar", stage.init, stage.optimizer, stage.tuning, head_learning_rate=stage.head_learning_rate
     )
     model = context.launcher.reward(spec)
-    collate = partial(collate_pairs, pad_id=tokenizer.pad_id)
-    trained = train_epochs(model, split.train, collate, RewardModel(), stage, context, split.heldout)
-    chosen, rejected = _scores(model, collate(split.train[:STANDARDISING_PAIRS]))
+    batched = partial(collate_pairs, pad_id=tokenizer.pad_id)
+    trained = train_epochs(model, split.train, batched, RewardModel(), stage, context, split.heldout)
+    chosen, rejected = _scores(model, split.train[:STANDARDISING_PAIRS], tokenizer.pad_id)
     everything = torch.cat([chosen, rejected])
     std = float(everything.std())
     if not std > 0:
@@ -43,15 +44,17 @@ def run(stage: RewardStage, context: StageContext) -> Summary:
     summary: Summary = {"pairs": len(split.train), "train_accuracy": float(wins(chosen, rejected).mean())}
     summary |= {"heldout_pairs": len(split.heldout), **trained.summary()}
     if split.judged:
-        chosen, rejected = _scores(model, collate(split.heldout))
+        chosen, rejected = _scores(model, split.heldout, tokenizer.pad_id)
         summary |= _agreement(stage, context, split.judged, wins(chosen, rejected), tokenizer.pad_id)
     context.save(model)
     return summary
 
 
-def _scores(model: Reward, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    chosen, rejected = model.scores(batch.chosen), model.scores(batch.rejected)
-    return chosen.result(), rejected.result()
+def _scores(model: Reward, pairs: Sequence[TokenPair], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the scores of the chosen and of the rejected sides, `[P]`; neighbours share their prompt's pass."""
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    scores = model.scores(collate(sides, pad_id)).result()
+    return scores[0::2], scores[1::2]
 
 
 def _agreement(

@@ -188,3 +188,14 @@ def test_unknown_devices_are_refused_with_the_known_ones(large):
     assert "h100-80gb" in result.stderr
     with pytest.raises(RecipeError, match="unknown device"):
         named_device("")
+
+
+def test_a_critic_that_is_fitted_needs_the_moments_of_its_states(large, shapes):
+    """Five folds of H x H doubles and as many again; 8 billion parameters have H = 4,096, so that is 1.25 GiB."""
+    scored = {}
+    for start in ("fitted", "loaded"):
+        recipe = large.load(GPUS).recipe
+        stages = [stage.model_copy(update={"critic_start": start}) for stage in recipe.stages if stage.kind == "ppo"]
+        memory = stage_memory(recipe, stages[0], shapes.base, None, H100)
+        scored[start] = memory["critic"].phases["score"].total
+    assert scored["fitted"] - scored["loaded"] == 10 * 8 * 4096**2

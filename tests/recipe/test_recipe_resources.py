@@ -5,6 +5,7 @@ import os
 import pytest
 
 from rlhf.errors import ResourceError
+from rlhf.recipe import schedule
 from rlhf.recipe.resources import Resources, Wanted, check_fits, local_resources, processes, threads, wanted
 
 SHARE = "roles: {reference: {share: policy}}\n"
@@ -111,3 +112,19 @@ def test_local_resources_are_those_of_this_process():
     found = local_resources()
     assert found.cpus == len(os.sched_getaffinity(0))
     assert found.memory_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("roles", "backend", "gpus", "tokens"),
+    [
+        ("", "ray", 0, 1024),
+        ("", "ray", 8, 1024),  # no role asks for one
+        (GPUS, "ray", 0, 4096),  # planned on a machine without
+        ("", "local", 0, 1024),
+        ("", "local", 1, 4096),  # in one process every role is where that process computes
+    ],
+)
+def test_passes_are_as_large_as_suits_the_device(folder, text, monkeypatch, roles, backend, gpus, tokens):
+    monkeypatch.setattr(schedule, "visible_gpus", lambda: gpus)
+    recipe = folder.load(roles + text).recipe.model_copy(update={"backend": backend})
+    assert {schedule.pass_tokens(recipe, stage) for stage in recipe.stages if stage.kind in ("sft", "ppo")} == {tokens}

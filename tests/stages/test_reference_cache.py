@@ -226,7 +226,7 @@ def test_sums_that_are_not_finite_are_not_kept(bench):
 def test_parts_are_bounded_by_tokens_too_and_pairs_stay_together(bench, monkeypatch):
     sides = [answered((5, 6), (9,) * length) for length in (1, 1, 8, 8, 2, 2, 2, 2, 40, 1, 1)]
     for limit, parts in ((10**6, [11]), (20, [2, 2, 4, 2, 1]), (27, [4, 4, 2, 1]), (1, [2, 2, 2, 2, 2, 1])):
-        monkeypatch.setattr(cache, "PART_TOKENS", limit)
+        monkeypatch.setattr(cache, "CPU_PART_TOKENS", limit)
         monkeypatch.setenv("RLHF_CACHE", str(bench.folder / f"cache-{limit}"))
         assert bench.sums([sides])[1] == parts
         assert bench.sums([sides], ranks=1)[1] == []
