@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from rlhf.allocator import allocator
+from rlhf.allocator import allocator, kernels
 
 SPIN = "10000"
 """How long an idle OpenMP thread spins: as fast as spinning for ever, but it soon yields to other processes."""
@@ -20,5 +20,6 @@ def learner_environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        **kernels(os.environ),
         **allocator(os.environ),
     }

@@ -1,4 +1,4 @@
-"""The memory allocator of processes that train on a CPU, chosen by their environment before they start."""
+"""What bounds the memory of processes that compute on a CPU, set by their environment before they start."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ GLIBC = {
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+
+
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""How many compiled matrix products oneDNN, and torch before it, keep in a process, in place of 1,024 each.
+
+Every number of rows has products of its own, and packed batches hardly ever have the same number twice: 100 passes over
+4 layers keep 160 MiB more with 1,024 than with 32, and no pass is slower. One pass needs about 60.
+"""
+
+
+def kernels(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that bound what compiled matrix products take; what `environ` sets already stays."""
+    return {name: environ.get(name, count) for name, count in KERNELS.items()}
 
 
 def allocator(environ: Mapping[str, str]) -> dict[str, str]:

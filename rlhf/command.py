@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from rlhf import disk
+from rlhf.allocator import kernels
 from rlhf.errors import RecipeError, ResourceError, RlhfError
 from rlhf.interrupts import COMMAND, Interrupted
 from rlhf.untrusted import echo, printable
@@ -106,5 +107,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display, ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a new score head is meant to be new
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads soon yield to other processes
+    os.environ.update(kernels(os.environ))
     if not Path("/dev/nvidiactl").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed prints that it chose so

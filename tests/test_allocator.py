@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import allocator as module
-from rlhf.allocator import GLIBC, allocator
+from rlhf.allocator import GLIBC, KERNELS, allocator, kernels
 
 GROWTH = """
 import resource, torch
@@ -54,3 +54,30 @@ def test_a_process_runs_on_it_and_uses_freed_memory_again():
     assert int(grown_kib) < 64 * 1024  # of 128 MiB taken and freed
     assert Path(settings["LD_PRELOAD"]).is_file()
     assert "jemalloc" not in ended.stderr  # it says there what it does not understand of MALLOC_CONF
+
+
+SHAPES = """
+import torch
+torch.set_num_threads(1)
+def kept():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+weights = [torch.randn(256, 256).bfloat16() for _ in range(4)]
+before = kept()
+for rows in range(1, 161):
+    for weight in weights:
+        torch.nn.functional.linear(torch.randn(rows, 256, dtype=torch.bfloat16), weight)
+print(kept() - before)
+"""
+
+
+def test_what_compiled_products_keep_is_bounded():
+    """160 numbers of rows; unbounded, each keeps kernels of its own."""
+    environ = {name: value for name, value in os.environ.items() if name not in KERNELS}
+    grown = [
+        int(subprocess.run([sys.executable, "-c", SHAPES], env=environ | more, capture_output=True, check=True).stdout)
+        for more in ({}, dict.fromkeys(KERNELS, "16"))
+    ]
+    assert grown[1] < max(grown[0], 16 * 1024)
+    assert kernels({}) == KERNELS
+    assert kernels({"LRU_CACHE_CAPACITY": "7"})["LRU_CACHE_CAPACITY"] == "7"

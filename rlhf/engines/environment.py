@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from rlhf.allocator import kernels
 from rlhf.recipe.engine_memory import engine_memory
 from rlhf.recipe.model_shape import read_shape
 
@@ -27,6 +29,7 @@ def vllm_environment(spec: RolloutSpec) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        **kernels(os.environ),
     }
 
 
