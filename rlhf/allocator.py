@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +35,15 @@ Every number of rows has products of its own, and packed batches hardly ever hav
 def kernels(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that bound what compiled matrix products take; what `environ` sets already stays."""
     return {name: environ.get(name, count) for name, count in KERNELS.items()}
+
+
+def give_back() -> None:
+    """Return free memory to the kernel where glibc keeps it (malloc_trim(3)): after work that is not done again soon.
+
+    What large arrays leave stays in a process otherwise; another allocator decides by itself.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocator(environ: Mapping[str, str]) -> dict[str, str]:

@@ -56,6 +56,30 @@ def test_a_process_runs_on_it_and_uses_freed_memory_again():
     assert "jemalloc" not in ended.stderr  # it says there what it does not understand of MALLOC_CONF
 
 
+HEAP = """
+import numpy
+from rlhf.allocator import give_back
+def kept():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+before = kept()
+blocks = [numpy.ones(100 << 10, numpy.uint8) for _ in range(1024)]  # below glibc's threshold for maps of their own
+last = numpy.ones(100 << 10, numpy.uint8)  # keeps the heap's end where it is
+del blocks
+print(kept() - before)
+give_back()
+print(kept() - before)
+"""
+
+
+def test_free_memory_goes_back_to_the_kernel():
+    environ = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", *GLIBC)}
+    ended = subprocess.run([sys.executable, "-c", HEAP], env=environ, capture_output=True, text=True, check=True)
+    before, after = map(int, ended.stdout.split())
+    assert before > 90 * 1024
+    assert after < 20 * 1024
+
+
 SHAPES = """
 import torch
 torch.set_num_threads(1)

@@ -160,7 +160,8 @@ def test_interrupt_ends_with_130(recipe, monkeypatch):
 def test_plan_for_people_and_programs(recipe):
     result = invoke("plan", "recipe.yaml")
     assert result.exit_code == 0
-    assert re.match(r"trial: sft; on Ray: policy CPU; roughly \d+ min\n", result.stdout)
+    headline = r"trial: sft; on Ray: policy CPU; roughly \d+ min( at the speed that other programs leave)?\n"
+    assert re.match(headline, result.stdout)
     plan = json.loads(invoke("plan", "recipe.yaml", "--json").stdout)
     cores = len(os.sched_getaffinity(0))
     assert [(role["role"], role["threads"]) for role in plan["stages"][0]["roles"]] == [("policy", cores)]

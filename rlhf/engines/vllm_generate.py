@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.allocator import give_back
 from rlhf.engines.adapter import ArrivingAdapter, adapter_settings, serves_adapters
 from rlhf.engines.base import RolloutSpec
 from rlhf.engines.environment import cpu_cache_bytes, vllm_environment
@@ -97,6 +98,7 @@ class VllmEngine:
                 **adapter_settings(spec),
             )
         self.batch = SharedBatch(self.llm.llm_engine)
+        give_back()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[Sequence[int]]) -> list[Rollout]:
         """Draw `len(seeds[i])` responses to prompt i, one per seed, in the order of prompts and seeds.
@@ -191,6 +193,7 @@ class VllmEngine:
             self.weights.phase = "failed"
             raise
         self.arriving = None
+        give_back()  # a second copy of the weights
         if weight_version is not None:
             self.update_weight_version(int(weight_version))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from rlhf.allocator import give_back
 from rlhf.cache import default_cache, hold
 from rlhf.patient_lock import held
 
@@ -39,6 +40,7 @@ def build_once(cache: Path, name: str, key: str, build: Callable[[Path], object]
             partial.mkdir()
             build(partial)
             partial.rename(target)
+            give_back()
     return target
 
 

@@ -103,18 +103,25 @@ def stage_memory(
             held = {phase: _engine_phase(engine, phase, want) for phase in phases}
             found[name] = RoleMemory(model, held, engine=engine)
         else:
-            memory = learner_memory(
-                model,
-                role_pass(recipe, stage if want.gpus else rows, want.count),
-                role_cut(role, want),
-                bool(want.gpus),
-            )
+            memory = role_memory(recipe, stage if want.gpus else rows, model, role, want)
             if name == "critic" and isinstance(stage, PpoStage) and stage.critic_start == "fitted":
                 memory = replace(memory, score=memory.score.plus(Memory(buffers=FIT * shape.hidden**2)))
             turns = name == "policy" and bool(want.gpus) and recipe.roles.rollout.share == "policy"
             held = {phase: _learner_phase(memory, phase, want, turns, name == "policy") for phase in phases}
             found[name] = RoleMemory(model, held, memory.host)
     return found
+
+
+def role_memory(recipe: Recipe, stage: Stage, model: Model, role: ModelRole, want: Wanted) -> LearnerMemory:
+    """Return what each process of a role that scores or learns holds; a pass that learns has a step's rows at most."""
+    work, cut = role_pass(recipe, stage, want.count), role_cut(role, want)
+    memory = learner_memory(model, work, cut, bool(want.gpus))
+    rows = math.ceil(step_rows(recipe, stage) / want.count)
+    fewer = min(work.tokens, max(1, rows) * work.width)
+    if not model.trained or fewer == work.tokens:
+        return memory
+    learn = learner_memory(model, replace(work, tokens=fewer, scored=fewer), cut, bool(want.gpus))
+    return replace(memory, learn=learn.learn)
 
 
 def role_cut(role: ModelRole, want: Wanted) -> Cut:

@@ -61,8 +61,8 @@ def test_pairs_share_their_prompt_and_every_model_of_ppo_counts():
     lengths = {f"stages.{name}.prompts": RowLengths(20, 25, complete=True) for name in ("pairs", "ppo", "duel")}
     work = {stage.name: stage_work(recipe, stage, lengths) for stage in recipe.stages}
     answer = FILLED * 24
-    assert work["dpo"].trained == pytest.approx(384 * (20 + 2 * answer))
-    assert work["dpo"].trained_words == pytest.approx(384 * 2 * answer)
+    assert work["dpo"].trained == pytest.approx(256 * (20 + 2 * answer))
+    assert work["dpo"].trained_words == pytest.approx(256 * 2 * answer)
     assert work["rm"].trained_words == 0
     ppo = next(stage for stage in recipe.stages if stage.name == "ppo")
     rollouts = ppo.steps * ppo.prompts_per_step

@@ -86,7 +86,7 @@ def test_token_counts(folder, text):
     recipe = folder.load(text, "stages.duel.max_response_tokens=1000").recipe
     assert longest(recipe) == 512 + 1000
     tokens = {stage.name: microbatch_tokens(recipe, stage) for stage in recipe.stages}
-    assert tokens == {"sft": 1024, "pairs": 768, "rm": 2048, "ppo": 768, "dpo": 2048, "duel": 1512}
+    assert tokens == {"sft": 1024, "pairs": 1024, "rm": 2048, "ppo": 1024, "dpo": 2048, "duel": 1512}
     gpus = folder.load(text, "roles.policy.gpus=1", "roles.reward.gpus=1").recipe
     assert {microbatch_tokens(gpus, stage) for stage in gpus.stages if stage.name in ("sft", "rm", "dpo")} == {4096}
     own = folder.load(text, "stages.sft.max_tokens_per_microbatch=2500").recipe
