@@ -40,6 +40,19 @@ def backend_for(role: RolloutRole, on_cpu: bool) -> Backend:
     return "ipc" if role.share == "policy" else "nccl"
 
 
+def cpu_settings(spec: RolloutSpec) -> dict[str, Any]:
+    """Return what vLLM is told on a CPU.
+
+    A prompt is never taken in pieces: vLLM 0.32 then rewinds the generator of a request with a seed, which only a GPU's
+    allows, and the engine fails.
+    """
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "kv_cache_memory_bytes": cpu_cache_bytes(spec),
+    }
+
+
 class VllmEngine:
     """One replica. It has the methods of vLLM's `VLLMWeightSyncClient`, so a trainer can drive it directly.
 
@@ -89,13 +102,11 @@ class VllmEngine:
                 tensor_parallel_size=spec.role.tensor_parallel,
                 distributed_executor_backend="uni" if spec.role.tensor_parallel == 1 else "mp",
                 gpu_memory_utilization=spec.role.gpu_memory_utilization,
-                enforce_eager=on_cpu,
-                enable_chunked_prefill=not on_cpu,  # of a prompt in pieces vLLM 0.32 rewinds the seed, on GPUs alone
-                kv_cache_memory_bytes=cpu_cache_bytes(spec) if on_cpu else None,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=self.backend),
                 enable_sleep_mode=self.sleeps,
                 **adapter_settings(spec),
+                **(cpu_settings(spec) if on_cpu else {}),
             )
         self.batch = SharedBatch(self.llm.llm_engine)
         give_back()
