@@ -83,8 +83,8 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
     from rlhf.errors import ResourceError
     from rlhf.recipe.devices import local_device, named_device
     from rlhf.recipe.dtype import Here, decide
-    from rlhf.recipe.host_fit import check_main_memory
-    from rlhf.recipe.plan import look_up, make_plan
+    from rlhf.recipe.host_fit import check_caches, check_main_memory
+    from rlhf.recipe.plan import check_lengths, look_up, make_plan
     from rlhf.recipe.plan_table import render_plan
     from rlhf.recipe.resources import check_fits, local_resources
     from rlhf.recipe.seeds import expand_seeds
@@ -107,8 +107,10 @@ def plan(loaded: LoadedRecipe, as_json: bool, gpu: str | None) -> None:
         console = Terminal()
         console.width = max(console.width, PLAN_WIDTH)
         console.print(render_plan(made))
+    check_lengths(recipe, known.shapes.base)
     if loaded.recipe.ray.address is None and gpu is None:
         check_fits(loaded.recipe, resources)
+        check_caches(recipe, known.shapes, known.measured)
         check_main_memory(recipe, known.shapes, known.measured, resources.memory_bytes)
         if loaded.recipe.backend == "ray":
             check_engines(loaded.recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -22,11 +21,10 @@ from rlhf.models.loading import resolve_model
 from rlhf.progress import Display
 from rlhf.pruning import sweep
 from rlhf.recipe.dtype import Decision, decide
-from rlhf.recipe.host_fit import check_main_memory
+from rlhf.recipe.host_fit import check_caches, check_main_memory
 from rlhf.recipe.load import LoadedRecipe
-from rlhf.recipe.plan import Known, headline, look_up, make_plan
+from rlhf.recipe.plan import Known, check_lengths, headline, look_up, make_plan
 from rlhf.recipe.resources import Resources, local_resources
-from rlhf.recipe.schedule import sequence_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds
 from rlhf.report.json import read_json
@@ -120,8 +118,8 @@ def _prepared(loaded: LoadedRecipe, folder: Path, console: Console, restart: Col
     plan = make_plan(loaded, resources, known=known)
     console.print(headline(plan), markup=False, highlight=False, soft_wrap=True)
     _say(decision, console)
+    check_lengths(recipe, known.shapes.base)
     models = _models(recipe)
-    check_lengths(loaded.recipe, models["base"])
     check_disjoint(loaded.recipe)
     check_tokens(loaded.recipe)
     check_functions(loaded.recipe)
@@ -146,18 +144,6 @@ def _models(recipe: Recipe) -> dict[str, Path]:
     return models
 
 
-def check_lengths(recipe: Recipe, base: Path) -> None:
-    """Raise RecipeError when a stage may generate more tokens than the base model has positions."""
-    positions = json.loads((base / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    for stage in recipe.stages:
-        length = sequence_tokens(stage)
-        if positions and length > positions:
-            raise RecipeError(
-                f"stages.{stage.name}: max_prompt_tokens + max_response_tokens = {length}, but {recipe.model.path}"
-                f" has {positions} positions; lower one of them"
-            )
-
-
 def _started(recipe: Recipe, launch: Callable[[Recipe], Launcher], display: Display) -> Launcher:
     """Return what builds the roles, and say what starts where that takes a while."""
     if recipe.backend == "ray":
@@ -170,6 +156,7 @@ def check_room(recipe: Recipe, known: Known, resources: Resources, todo: Collect
     """Raise ResourceError when a stage of `todo` wants more main memory than is free; a cluster's is not known here."""
     if recipe.ray.address is not None or resources.free_bytes is None or not todo:
         return
+    check_caches(recipe, known.shapes, known.measured)
     try:
         check_main_memory(recipe, known.shapes, known.measured, resources.free_bytes, todo)
     except ResourceError as error:

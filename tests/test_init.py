@@ -74,6 +74,11 @@ def test_it_writes_a_valid_recipe(folder, data, method, stages, gpus):
     check_disjoint(recipe)
     text = (folder / "mine.yaml").read_text()
     assert not re.search(r"[{}][{%]|[ \t]$", text, re.MULTILINE)
+    lengths = {stage.name: stage for stage in recipe.stages}
+    if "pairs" in lengths:
+        pairs = lengths["pairs"]
+        for name in {"rm", "dpo"} & set(lengths):
+            assert lengths[name].max_length >= pairs.max_prompt_tokens + pairs.max_response_tokens
     for stage in stages:  # what each kind does is said in the recipe's own words
         assert re.search(rf"name: {stage}\n    kind: \w+ +# \w+", text)
 

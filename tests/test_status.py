@@ -108,6 +108,7 @@ def test_a_failed_run_says_why(folder, monkeypatch):
     assert "the cable is out" in found.error
     stage = found.stages[0]
     assert (stage.state, stage.saved_step, stage.rest) == ("failed", 2, None)
+    assert stage.step >= 2  # whatever the file of the progress, which is written once a second, says
     assert (found.stages[1].state, found.stages[1].behind) == ("waiting", "sft")
     shown = CliRunner().invoke(main, ["status", str(path)]).stdout
     assert "last error: stage sft" in shown

@@ -12,7 +12,7 @@ from rlhf.recipe.preference_schema import KtoStage, PreferenceStage
 from rlhf.recipe.products import cpu_products
 from rlhf.recipe.resources import processes
 from rlhf.recipe.row_lengths import Measured
-from rlhf.recipe.schedule import row_count
+from rlhf.recipe.schedule import row_count, schedule
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.stage_base import StageBase, Training
 from rlhf.recipe.stage_schema import (
@@ -35,8 +35,8 @@ TRAINING, SCORING, GENERATING = 0.45, 0.6, 0.35
 Chosen so that two runs of recipes/quickstart.yaml on 2 cores, 674 s in float32 and 444 s in bfloat16, are met within a
 tenth, and each of their stages within a quarter.
 """
-PROCESS_S, STAGE_S = 12.0, 8.0
-"""Starting a process, libraries included, and what a stage takes beside its passes."""
+PROCESS_S, STAGE_S, STEP_S = 12.0, 8.0, 0.05
+"""Starting a process, libraries included, and what a stage and an optimizer step take beside their passes."""
 PROBE_SIZE = 1024
 
 
@@ -87,7 +87,9 @@ def stage_seconds(recipe: Recipe, stage: Stage, shape: ModelShape, rate: float, 
     trained = passes * (work.trained * body + work.trained_words * head) / TRAINING
     scored = 2 * (work.scored * body + work.scored_words * head) / SCORING
     generated = 2 * work.generated * (body + head) / GENERATING
-    return STAGE_S + (trained + scored + generated) / rate
+    counts = schedule(recipe, stage)
+    steps = counts.get("optimizer_steps", counts.get("optimizer_steps_at_most", 0))
+    return STAGE_S + STEP_S * steps + (trained + scored + generated) / rate
 
 
 def _within(budget: Budget, work: Work) -> Work:

@@ -76,7 +76,8 @@ def engine_memory(
         room = round(own * 2**30) if own else cpu_cache(role.max_sequences, usual, length, token)
         packed = size * shape.vocabulary * shape.hidden  # the head as the CPU's products want it
         awake = Memory(weights=weights, logits=logits, kv_cache=room, buffers=packed)
-        return EngineMemory(awake, Memory(weights=weights, buffers=packed), asleep, room, needed, length * token)
+        least = cpu_cache(1, length, length, token)
+        return EngineMemory(awake, Memory(weights=weights, buffers=packed), asleep, room, needed, least)
     passes = BATCHED_TOKENS * size * (3 * shape.hidden + 3 * shape.intermediate // cut)
     buffers = context + GRAPHS
     room = int(role.gpu_memory_utilization * device.memory) - weights - passes - logits - buffers

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from functools import partial
 
 from rlhf.errors import ResourceError
 from rlhf.recipe.fit import Shapes, with_role
-from rlhf.recipe.phases import stage_memory
+from rlhf.recipe.phases import RoleMemory, stage_memory
 from rlhf.recipe.process_memory import HostMemory, host_memory
 from rlhf.recipe.role_schema import RoleName, TrainedRole
 from rlhf.recipe.row_lengths import Measured, narrowed
@@ -20,12 +21,28 @@ FEWEST_TOKENS, FEWEST_SEQUENCES = 64, 8
 
 def run_memory(recipe: Recipe, shapes: Shapes, measured: Measured) -> list[HostMemory]:
     """Return the fullest moment of each stage in main memory, with rows as long as the data's; GPUs are left out."""
+    return host_memory(recipe, _roles(recipe, shapes, measured))
+
+
+def check_caches(recipe: Recipe, shapes: Shapes, measured: Measured) -> None:
+    """Raise ResourceError where the KV cache that a recipe gives an engine on the CPU holds no whole sequence."""
+    for stage, roles in _roles(recipe, shapes, measured).items():
+        for name, memory in roles.items():
+            engine = memory.engine
+            if engine and not getattr(recipe.roles, name).gpus and engine.room < engine.least:
+                least = math.ceil(engine.least / 2**30 * 1000) / 1000
+                raise ResourceError(
+                    f"roles.{name}.kv_cache_gib: one sequence of full length takes {least:g} in stage {stage}; without "
+                    "the key the cache is as large as the data wants"
+                )
+
+
+def _roles(recipe: Recipe, shapes: Shapes, measured: Measured) -> dict[str, dict[RoleName, RoleMemory]]:
     real = narrowed(recipe, measured)
-    roles = {
+    return {
         stage.name: stage_memory(recipe, stage, shapes.base, shapes.judges.get(stage.name), None, real)
         for stage in recipe.stages
     }
-    return host_memory(recipe, roles)
 
 
 def check_main_memory(
@@ -70,8 +87,10 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
             stages = [stage.model_copy(update={"max_tokens_per_microbatch": fewer}) for stage in recipe.stages]
             text = f"max_tokens_per_microbatch: {fewer} in all stages"
             yield text, recipe.model_copy(update={"stages": stages})
+    if recipe.roles.rollout.kv_cache_gib is not None:
+        yield "no roles.rollout.kv_cache_gib", with_role(recipe, "rollout", kv_cache_gib=None)
     sequences = recipe.roles.rollout.max_sequences
-    for fewer in (sequences // 2, sequences // 4):
+    for fewer in (sequences // 2, sequences // 4) if recipe.roles.rollout.kv_cache_gib is None else ():
         if fewer >= FEWEST_SEQUENCES:
             yield f"roles.rollout.max_sequences: {fewer}", with_role(recipe, "rollout", max_sequences=fewer)
     trained: tuple[RoleName, ...] = ("policy", "critic", "reward")

@@ -20,7 +20,7 @@ class ModelShape:
     `lm_head` counts parameters of an output layer that is not tied to the embeddings; `linears` maps the name of each
     linear layer to its (inputs, outputs); `q_width` and `kv_width` are the widths of the queries and of the keys of
     one token in one layer. `biases` and `last_norm` count parameters, `layer_sizes` those of each layer;
-    `kind` is the architecture in transformers' words.
+    `kind` is the architecture in transformers' words, `positions` the tokens that it was made for, where it says so.
     """
 
     parameters: int
@@ -37,6 +37,7 @@ class ModelShape:
     layer_sizes: tuple[int, ...]
     last_norm: int
     kind: str = ""
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _measured(text: Any, model: Any) -> ModelShape:
         biases=sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias")),
         layer_sizes=tuple(_size(layer) for layer in decoder_layers(model)),
         last_norm=sum(_size(norm) for norm in last_norms(model)),
+        positions=getattr(text, "max_position_embeddings", None),
         kind=text.model_type,
     )
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from rlhf.errors import RlhfError
-from rlhf.recipe.base import Dtype, LlmJudge
+from rlhf.errors import RecipeError, RlhfError
+from rlhf.recipe.base import Dtype, LlmJudge, StageData
 from rlhf.recipe.check_tuning import check_model
 from rlhf.recipe.devices import Device
 from rlhf.recipe.duration import estimate_seconds, matmul_rate
@@ -24,13 +24,17 @@ from rlhf.recipe.products import cpu_products
 from rlhf.recipe.resources import Resources, on_gpu, processes, reference_in_policy, threads, wanted
 from rlhf.recipe.role_schema import RoleName, RolloutRole
 from rlhf.recipe.row_lengths import Measured, narrowed
-from rlhf.recipe.schedule import Schedule, longest, schedule
+from rlhf.recipe.schedule import Schedule, longest, schedule, sequence_tokens
 from rlhf.recipe.schema import Recipe
 from rlhf.recipe.seeds import expand_seeds, method
 from rlhf.recipe.smallest import Smallest, smallest
-from rlhf.recipe.stage_schema import Stage, judges
+from rlhf.recipe.stage_base import MARK
+from rlhf.recipe.stage_schema import AnnotateStage, Stage, judges
 from rlhf.recipe.step_time import OnlineStep, StepWork, online_step, step_work
 from rlhf.recipe.tuning_schema import Lora
+
+LONG_S = 7200.0
+"""A duration from which on it is told in hours."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,23 @@ def make_plan(
     )
 
 
+def check_lengths(recipe: Recipe, shape: ModelShape) -> None:
+    """Raise RecipeError when a stage may generate more tokens than the base model has positions."""
+    for stage in recipe.stages:
+        length = sequence_tokens(stage)
+        if shape.positions and length > shape.positions:
+            raise RecipeError(
+                f"stages.{stage.name.partition(MARK)[0]}: max_prompt_tokens + max_response_tokens = {length}, but "
+                f"{recipe.model.path} has {shape.positions} positions; lower one of them"
+            )
+
+
 def headline(plan: Plan) -> str:
     """Return the first line of a run: its stages, which role runs where, and how long it may take."""
     stages = " -> ".join(_titles(plan.stages))
     roles = ", ".join(f"{name} {place}" for name, place in plan.processes.items())
     backend = "on Ray" if plan.backend == "ray" else "in this process"
-    minutes = "" if plan.seconds is None else f"; roughly {max(1, round(plan.seconds / 60))} min"
+    minutes = "" if plan.seconds is None else f"; roughly {in_words(plan.seconds)}"
     duration = minutes + (" at the speed that other programs leave" if minutes and plan.disturbed else "")
     return f"{plan.name}: {stages}; {backend}: {roles}{duration}"
 
@@ -273,4 +288,22 @@ def _warnings(recipe: Recipe, stages: tuple[StagePlan, ...]) -> list[str]:
         prompts = plan.schedule.get("prompts")
         if isinstance(stage, OnlineStage) and prompts is not None and prompts < stage.prompts_per_step:
             found.append(f"stage {stage.name} has {prompts} prompts but takes {stage.prompts_per_step} a step")
+        limit, most = getattr(stage, "max_length", None), _sampled_tokens(recipe, stage)
+        if limit is not None and most > limit:
+            found.append(
+                f"stage {stage.name} stops at rows over max_length {limit}; what it reads may have {most} tokens"
+            )
     return found
+
+
+def _sampled_tokens(recipe: Recipe, stage: Stage) -> int:
+    """Return the most tokens of the rows that an annotate stage makes for a stage; 0 for other data."""
+    data = getattr(stage, "data", None)
+    sources = {other.name: other for other in recipe.stages if isinstance(other, AnnotateStage)}
+    source = sources.get(data.stage) if isinstance(data, StageData) else None
+    return source.max_prompt_tokens + source.max_response_tokens if source else 0
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in minutes, or in hours where it is long."""
+    return f"{max(1, round(seconds / 60))} min" if seconds < LONG_S else f"{seconds / 3600:.1f} h"

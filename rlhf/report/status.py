@@ -201,6 +201,9 @@ def _stage(
         total = progress.total if progress else step
         return StageStatus(name, kind, "done", "", total, total, shown, seconds)
     saved = checkpoint.states(place / STATES)
+    saved_step = checkpoint.step_of(saved[-1]) if saved else None
+    if progress and not alive:  # the file is written once a second, a state whenever a run ends
+        progress = replace(progress, step=max(progress.step, min(saved_step or 0, progress.total)))
     state: StageState = "failed" if record and record.outcome == "failed" else "interrupted"
     return StageStatus(
         name=name,
@@ -212,7 +215,7 @@ def _stage(
         metrics=shown,
         elapsed=time.time() - progress.began if progress and alive else None,
         rest=progress.rest if progress and alive else None,
-        saved_step=checkpoint.step_of(saved[-1]) if saved else None,
+        saved_step=saved_step,
         saved_age=_age(saved[-1]) if saved else None,
     )
 

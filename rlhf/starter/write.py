@@ -111,10 +111,13 @@ def _sizes(choices: Choices, items: Sequence[Item]) -> dict[str, int]:
     asked = [sum(len(message["content"]) for message in item.prompt) for item in items]
     answers = [_answer(item.row) for item in items]
     prompts = len({item.prompt[-1]["content"] for item in items})
+    prompt, response = _tokens(max(asked, default=0)), _tokens(max(answers, default=0)) if any(answers) else 256
+    row = _tokens(max((a + b for a, b in zip(asked, answers, strict=True)), default=2048))
     return {
-        "prompt_tokens": _tokens(max(asked, default=0)),
-        "response_tokens": _tokens(max(answers, default=0)) if any(answers) else 256,
-        "row_tokens": _tokens(max((a + b for a, b in zip(asked, answers, strict=True)), default=2048)),
+        "prompt_tokens": prompt,
+        "response_tokens": response,
+        "row_tokens": row,
+        "pair_tokens": prompt + response if "pairs" in choices.stages else row,
         "prompts_per_step": max(1, min(PROMPTS_PER_STEP, round(0.9 * prompts))),
     }
 

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.recipe.duration import BYTES_PER_TOKEN, FILLED, PROCESS_S, STAGE_S, TRAINING, estimate_seconds, stage_work
+from rlhf.recipe.duration import (
+    BYTES_PER_TOKEN,
+    FILLED,
+    PROCESS_S,
+    STAGE_S,
+    STEP_S,
+    TRAINING,
+    estimate_seconds,
+    stage_work,
+)
 from rlhf.recipe.load import load_recipe
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.recipe.row_lengths import RowLengths
@@ -45,7 +54,7 @@ def test_sft_by_hand(tmp_path):
     assert work.trained == pytest.approx(tokens)
     seconds = estimate_seconds(recipe, SHAPE, 1e6, {})
     products = 6 * tokens * 600 + 6 * tokens / 2 * 400  # the layers, and the head for half of the tokens
-    assert seconds == pytest.approx(PROCESS_S + STAGE_S + products / (1e6 * TRAINING))
+    assert seconds == pytest.approx(PROCESS_S + STAGE_S + 3 * STEP_S + products / (1e6 * TRAINING))
 
 
 def test_measured_rows_count_as_they_are(tmp_path):

@@ -4,9 +4,11 @@ import io
 import json
 from dataclasses import asdict, replace
 
+import pytest
 from rich.console import Console
 
-from rlhf.recipe.plan import headline, make_plan
+from rlhf.errors import RecipeError
+from rlhf.recipe.plan import check_lengths, headline, look_up, make_plan
 from rlhf.recipe.plan_table import render_plan
 from rlhf.recipe.resources import Resources
 from rlhf.recipe.schedule import longest, microbatch_tokens, row_count, schedule
@@ -105,7 +107,10 @@ def test_headline(folder, text):
         "policy CPU, reward CPU, critic 0.5 GPU, rollout 2 x CPU (vllm), reference in policy"
     )
     assert "; in this process: policy CPU" in headline(replace(plan, backend="local"))
-    assert headline(replace(plan, seconds=610.0)).endswith("; roughly 10 min")
+    assert headline(replace(plan, seconds=610.0, disturbed=False)).endswith("; roughly 10 min")
+    assert headline(replace(plan, seconds=21780.0, disturbed=False)).endswith("; roughly 6.0 h")
+    busy = headline(replace(plan, seconds=610.0, disturbed=True))
+    assert busy.endswith("roughly 10 min at the speed that other programs leave")
 
 
 def test_plan_of_the_tiny_model(folder, text):
@@ -155,3 +160,19 @@ def test_rendered_plan_fits_a_terminal(folder, text):
     engine = ["rollout", "1", "0", "4", "0", "generate", "0.00", "0.00", "0.00", "0.00", "0.00", "0.01", "0.00", "0.01"]
     assert engine in rows
     assert "optimizer steps per step 6" in " ".join(shown.split())
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(folder, text):
+    recipe = folder.load(text, "stages.duel.max_response_tokens=1000").recipe
+    shape = look_up(recipe).shapes.base
+    check_lengths(recipe, replace(shape, positions=1512))
+    check_lengths(recipe, replace(shape, positions=None))
+    with pytest.raises(RecipeError, match=r"stages.duel: .* = 1512, but tiny://llama has 1511 positions"):
+        check_lengths(recipe, replace(shape, positions=1511))
+
+
+def test_pairs_that_may_be_longer_than_their_stage_allows_are_a_warning(folder, text):
+    """The pairs are sampled with 512 tokens for the prompt and 256 for the response at most."""
+    assert make_plan(folder.load(text, "stages.dpo.max_length=768"), MACHINE).warnings == ()
+    (warning,) = make_plan(folder.load(text, "stages.dpo.max_length=767"), MACHINE).warnings
+    assert warning == "stage dpo stops at rows over max_length 767; what it reads may have 768 tokens"

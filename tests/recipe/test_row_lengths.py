@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.errors import ResourceError
 from rlhf.recipe.fit import Shapes
-from rlhf.recipe.host_fit import check_main_memory, run_memory
+from rlhf.recipe.host_fit import check_caches, check_main_memory, run_memory
 from rlhf.recipe.model_shape import ModelShape
 from rlhf.recipe.process_memory import CONTROLLER, ENGINE, FUNCTION, LEARNER, RAY, WEIGHTS_SENT
 from rlhf.recipe.row_lengths import RowLengths, narrowed
@@ -102,3 +102,21 @@ def test_too_little_memory_is_refused_with_what_would_help(folder, text):
     with pytest.raises(ResourceError, match="smaller model or a machine with more memory"):
         check_main_memory(recipe, SHAPES, MEASURED, GIB)
     check_main_memory(recipe, SHAPES, MEASURED, GIB, todo=())
+
+
+def test_a_cache_without_room_for_one_sequence_is_refused_by_its_key(folder, text):
+    """A token takes 30 layers x 2 x 192 x 4 bytes; the longest sequence has 512 + 256, and a block of 128 is unused."""
+    check_caches(folder.load(text).recipe, SHAPES, MEASURED)
+    least = (768 + 128) * 30 * 2 * 192 * 4 / GIB
+    small, enough = (
+        folder.load(text, f"roles.rollout.kv_cache_gib={size}").recipe for size in (0.9 * least, 1.1 * least)
+    )
+    with pytest.raises(ResourceError, match=r"roles.rollout.kv_cache_gib: one sequence of full length takes 0.0\d+ in"):
+        check_caches(small, SHAPES, MEASURED)
+    check_caches(enough, SHAPES, MEASURED)
+
+
+def test_a_cache_that_is_too_large_is_what_would_help(folder, text):
+    recipe = folder.load(text, "roles.rollout.kv_cache_gib=30").recipe
+    with pytest.raises(ResourceError, match=r"would help: no roles\.rollout\.kv_cache_gib"):
+        check_main_memory(recipe, SHAPES, MEASURED, 20 * GIB)
