@@ -91,6 +91,11 @@ def test_two_rounds_of_dpo_improve_twice(tmp_path):
     assert rows(tmp_path, "dpo2")[0]["margin"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def one_part_for_each_group(monkeypatch):
+    monkeypatch.setattr("rlhf.stages.reference_cache.CPU_PART_TOKENS", 1 << 18)
+
+
 @dataclass
 class CountingLauncher(LocalLauncher):
     """Counts how often the policy is asked for log-probabilities."""
