@@ -36,7 +36,7 @@ def recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "name: trial\nmodel: {path: 'tiny://llama', dtype: float32}\nroles: {reference: {share: policy}}\nstages:\n"
         "  - name: pairs\n    kind: annotate\n    policy: base\n    prompts: {path: prompts.jsonl}\n"
-        "    judge: {kind: function, path: 'judge.py:score'}\n"
+        "    judge: {kind: function, path: 'judge.py:score'}\n    max_prompt_tokens: 64\n    max_response_tokens: 16\n"
     )
     return tmp_path / "recipe.yaml"
 
