@@ -96,12 +96,17 @@ print(kept() - before)
 
 
 def test_what_compiled_products_keep_is_bounded():
-    """160 numbers of rows; unbounded, each keeps kernels of its own."""
+    """160 numbers of rows, each with kernels of its own where bfloat16 products are compiled: 110 MiB of them."""
     environ = {name: value for name, value in os.environ.items() if name not in KERNELS}
     grown = [
         int(subprocess.run([sys.executable, "-c", SHAPES], env=environ | more, capture_output=True, check=True).stdout)
         for more in ({}, dict.fromkeys(KERNELS, "16"))
     ]
-    assert grown[1] < max(grown[0], 16 * 1024)
+    if grown[0] < 32 * 1024:
+        pytest.skip("this CPU compiles no bfloat16 products")
+    assert grown[1] < grown[0] / 2
+
+
+def test_bounds_that_the_user_has_set_stay():
     assert kernels({}) == KERNELS
-    assert kernels({"LRU_CACHE_CAPACITY": "7"})["LRU_CACHE_CAPACITY"] == "7"
+    assert kernels({"LRU_CACHE_CAPACITY": "7"}) == {**KERNELS, "LRU_CACHE_CAPACITY": "7"}

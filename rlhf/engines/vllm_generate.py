@@ -46,11 +46,8 @@ def cpu_settings(spec: RolloutSpec) -> dict[str, Any]:
     A prompt is never taken in pieces: vLLM 0.32 then rewinds the generator of a request with a seed, which only a GPU's
     allows, and the engine fails.
     """
-    return {
-        "enforce_eager": True,
-        "enable_chunked_prefill": False,
-        "kv_cache_memory_bytes": cpu_cache_bytes(spec),
-    }
+    cache = cpu_cache_bytes(spec)
+    return {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": cache}
 
 
 class VllmEngine:

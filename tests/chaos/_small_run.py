@@ -76,9 +76,8 @@ def in_this_process() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch("rlhf.command.leave", sys.exit))
         stack.enter_context(patch("rlhf.recipe_run.local_resources", lambda: one))
-        stack.enter_context(
-            patch("rlhf.recipe.plan._rate", lambda *_: (1e12, False))
-        )  # measures this machine each time
+        measured = patch("rlhf.recipe.plan._rate", lambda *_: (1e12, False))  # or each run measures this machine
+        stack.enter_context(measured)
         try:
             yield
         finally:
